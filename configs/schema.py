@@ -1,0 +1,254 @@
+"""The configuration of an experiment: one frozen model per concern, unknown keys refused, units in every description."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, strict about types, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Paths(Section):
+    """Where a run lives. `null` takes the default, which honours $SCRATCH and $PROJECT."""
+
+    work: Path | None = Field(None, description="folder of the runs; default ${SCRATCH:-runs}/foundation_llm_work")
+    results: Path | None = Field(None, description="folder of the results; default ${PROJECT:-.}/foundation_llm_final_results")
+    cache: Path | None = Field(None, description="folder of tokens and models; default ${SCRATCH:-runs}/foundation_llm_cache")
+
+
+class Compute(Section):
+    """How numbers are computed. Master weights are fp32 whatever is chosen here."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU where there is one")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="format of matrix products (autocast); never of the stored weights")
+    threads: Count = Field(0, description="CPU threads; 0 takes all cores. Bitwise repeatability on a CPU needs a constant number")
+
+
+class Scratch(Section):
+    """A GPT-NeoX model pretrained at setup, where no pretrained model can be had (or none is wanted)."""
+
+    vocabulary: Positive = Field(description="entries of the byte-level BPE tokenizer, trained at setup")
+    hidden: Positive = Field(description="width of the residual stream")
+    layers: Positive = Field(description="number of blocks")
+    heads: Positive = Field(description="attention heads; divides hidden")
+    intermediate: Positive = Field(description="hidden units of one feed-forward sublayer")
+    context: Positive = Field(description="longest sequence in tokens")
+    steps: Positive = Field(description="optimiser steps of the pretraining")
+    batch_size: Positive = Field(description="sequences a step")
+    sequence_length: Positive = Field(description="predicted tokens a sequence")
+    learning_rate: Rate = Field(description="peak of the cosine schedule")
+    seed: Count = Field(0, description="of initialisation and data order; one base serves every seed of a run")
+
+    @model_validator(mode="after")
+    def _check(self) -> Scratch:
+        if self.hidden % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide hidden={self.hidden}")
+        if self.sequence_length > self.context:
+            raise ValueError(f"sequence_length={self.sequence_length} exceeds context={self.context}")
+        if self.vocabulary < 257:
+            raise ValueError(f"vocabulary={self.vocabulary} is below 257 (256 bytes and the end-of-text token)")
+        return self
+
+
+class Model(Section):
+    """The base model."""
+
+    source: Literal["scratch", "pretrained"] = Field(description="pretrained at setup, or a published checkpoint")
+    name: str = Field(description="hub name or folder of the checkpoint; for scratch a label")
+    revision: str = Field("main", description="hub revision; setup records the commit it resolved to")
+    scratch: Scratch | None = Field(None, description="shape and pretraining, for source=scratch")
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        if (self.source == "scratch") != (self.scratch is not None):
+            raise ValueError("the section model.scratch is given if and only if model.source is 'scratch'")
+        return self
+
+
+class Embedded(Section):
+    """Text of installed Python packages: docstrings are the subset 'prose', the remaining source is the subset 'code'."""
+
+    packages: tuple[str, ...] = Field(description="import names; 'stdlib' is the standard library", min_length=1)
+    characters: Positive = Field(description="upper bound of the harvested text, over both subsets")
+    document_characters: Positive = Field(12_000, description="longest document; a longer one is cut at a line end")
+
+
+class Files(Section):
+    """Rows in the Pile's own form (.jsonl or .jsonl.zst), local or in a hub dataset repository."""
+
+    repository: str | None = Field(None, description="hub dataset; null means local paths")
+    revision: str = Field("main", description="hub revision of the dataset")
+    train: tuple[str, ...] = Field(min_length=1)
+    validation: tuple[str, ...] = Field(min_length=1, description="half of its documents become the attack texts")
+    test: tuple[str, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Files:
+        named = [*self.train, *self.validation, *self.test]
+        if len(set(named)) < len(named):
+            raise ValueError("a file is named twice; train, validation and test must not share files")
+        return self
+
+
+class Data(Section):
+    """Text: where it is from and how much of it is used."""
+
+    source: Literal["embedded", "files"]
+    embedded: Embedded | None = None
+    files: Files | None = None
+    sequence_length: Positive = Field(description="predicted tokens of one packed training sequence")
+    train_tokens: Positive = Field(description="upper bound of the tokens kept for training")
+    validation_tokens: Positive = Field(description="upper bound of the tokens of the validation split")
+    test_tokens: Positive = Field(description="upper bound of the tokens of the test split")
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if (self.source == "embedded") != (self.embedded is not None) or (self.source == "files") != (self.files is not None):
+            raise ValueError(f"source={self.source!r} needs the section data.{self.source} and no other")
+        return self
+
+
+class Monotone(Section):
+    """The constraint on the feed-forward sublayers."""
+
+    scope: Literal["mlp_in", "mlp_both", "mlp_in_attn_out"] = Field("mlp_both", description="which matrices are constrained")
+    parametrisation: Literal["projected", "softplus"] = Field(
+        "projected", description="projected: clamp after each optimiser step; softplus: W = log(1 + exp V)"
+    )
+    activation: Literal["keep", "relu", "clamped_gelu"] = Field("relu", description="keep leaves GELU, which is not monotone")
+    start: Literal["clamp", "abs"] = Field("clamp", description="non-negative start from the pretrained W: max(W, 0) or |W|")
+    recentre: bool = Field(True, description="correct both biases so that the mean activations equal the base model's")
+    calibration_sequences: Positive = Field(16, description="training sequences that the means are taken over")
+
+
+class Training(Section):
+    """One recovery run; both arms get the same."""
+
+    steps: Positive = Field(description="optimiser steps")
+    batch_size: Positive = Field(description="sequences a step")
+    micro_batch: Positive = Field(description="sequences a forward pass; divides batch_size")
+    warmup_share: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
+    final_share: Share = Field(0.1, description="learning rate at the end of the cosine, as a share of the peak")
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.01, description="decoupled; on unconstrained matrices only")
+    beta2: Rate = Field(0.95, description="second moment's decay of AdamW")
+    max_gradient_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="global clipping threshold")
+    distillation: Share = Field(0.5, description="weight of KL(base || model) in the loss; the rest is cross-entropy")
+    validate_every: Positive = Field(description="steps between validations; each one also saves")
+    keep_last: Positive = Field(2, description="complete checkpoints kept beside the best one")
+
+    @model_validator(mode="after")
+    def _check(self) -> Training:
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}")
+        return self
+
+
+class Arm(Section):
+    """What one arm may set for itself."""
+
+    learning_rate: Rate = Field(description="peak of the schedule")
+
+
+class Evaluate(Section):
+    """Perplexity on the test split: every token scored once, a window sees at least `context - stride` tokens before it."""
+
+    context: Positive = Field(description="window in tokens, the end-of-text prefix included")
+    stride: Positive = Field(description="new tokens scored by each further window of a document")
+    batch_size: Positive = Field(description="windows a forward pass")
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluate:
+        if self.stride >= self.context:
+            raise ValueError(f"stride={self.stride} must be below context={self.context}")
+        return self
+
+
+class UAT(Section):
+    """Universal adversarial trigger, put before the text (Wallace et al. 2019, arXiv 1908.07125)."""
+
+    trigger_length: Positive = Field(description="tokens")
+    text_tokens: Positive = Field(description="length of each attacked text, all of it scored")
+    search_texts: Positive
+    select_texts: Positive = Field(description="texts that choose among the restarts")
+    report_texts: Positive = Field(description="texts of the reported numbers")
+    candidates: Positive = Field(description="first-order candidates re-scored exactly, per position")
+    sweeps: Positive = Field(description="at most so many passes over the positions")
+    restarts: Positive
+    controls: Positive = Field(4, description="random triggers of the same length")
+    seed: Count = Field(0, description="of the attack; separate from the training seed and the same for every model")
+
+
+class HotFlip(Section):
+    """Greedy exact token flips (Ebrahimi et al. 2018, arXiv 1712.06751), scored on the untouched continuation."""
+
+    texts: Positive
+    prefix_tokens: Positive = Field(description="tokens that may be flipped")
+    scored_tokens: Positive = Field(description="untouched tokens after the prefix, the only ones scored")
+    flips: Positive = Field(description="budget per text")
+    candidates: Positive = Field(description="first-order candidates re-scored exactly, per flip")
+    batch_size: Positive = Field(8, description="texts attacked together")
+    random_draws: Positive = Field(4, description="random-flip control: draws per text and number of flips")
+    threshold_nats: Annotated[float, Field(gt=0)] = Field(0.1, description="success: rise in nats per untouched token, common to all models")
+    reference_threshold: Annotated[float, Field(gt=0)] = Field(0.15, description="the reference's criterion: relative rise of the own loss")
+    seed: Count = Field(0, description="of the random control; separate from the training seed")
+
+    @model_validator(mode="after")
+    def _check(self) -> HotFlip:
+        if self.flips > self.prefix_tokens:
+            raise ValueError(f"flips={self.flips} exceeds prefix_tokens={self.prefix_tokens}")
+        return self
+
+
+class Report(Section):
+    """Statistics of the last stage."""
+
+    confidence: Rate = Field(0.95, description="level of the intervals")
+    bootstrap_draws: Positive = Field(10_000, description="resamples of documents or texts")
+    margin_nats: Annotated[float, Field(gt=0)] = Field(0.0677, description="non-inferiority margin in nats per token; 0.0677 = ln 1.07")
+
+
+class Experiment(Section):
+    """The whole experiment, as resolved from a preset and the overrides."""
+
+    run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(description="names the run's folders")
+    seeds: tuple[Count, ...] = Field((42,), min_length=1, description="training seeds")
+    paths: Paths = Paths()
+    compute: Compute = Compute()
+    model: Model
+    data: Data
+    monotone: Monotone = Monotone()
+    training: Training
+    baseline: Arm
+    monotonic: Arm
+    evaluate: Evaluate
+    uat: UAT
+    hotflip: HotFlip
+    report: Report = Report()
+
+    @model_validator(mode="after")
+    def _check(self) -> Experiment:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)} names a seed twice")
+        scratch = self.model.scratch
+        if scratch:
+            needs = {
+                "data.sequence_length": self.data.sequence_length,
+                "evaluate.context": self.evaluate.context,
+                "uat.trigger_length + uat.text_tokens + 1": self.uat.trigger_length + self.uat.text_tokens + 1,
+                "hotflip.prefix_tokens + hotflip.scored_tokens + 1": self.hotflip.prefix_tokens + self.hotflip.scored_tokens + 1,
+            }
+            for key, tokens in needs.items():
+                if tokens > scratch.context:
+                    raise ValueError(f"{key} = {tokens} exceeds model.scratch.context = {scratch.context}")
+        return self

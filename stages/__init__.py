@@ -1,0 +1,1 @@
+"""The eight numbered stages; they meet through artefacts on disk only."""

@@ -1,0 +1,57 @@
+"""Stage 0: text to tokens, the base model, the attack texts. The only stage that may use the network."""
+
+from stages.pipeline import main
+from utils.run.stage import Context, Stage
+
+
+def run(ctx: Context) -> None:
+    from utils.data.attack_texts import write_attack_texts
+    from utils.data.tokenise import token_cache
+    from utils.data.tokens import Tokens
+    from utils.run.artifacts import link_or_copy, read_json, write_json
+    from utils.training.base import base_cache
+    from utils.training.facts import setup_facts
+
+    tokens = token_cache(ctx.config, ctx.folders.cache)
+    base = base_cache(ctx.config, ctx.folders.cache, tokens, ctx.stop)
+    link_or_copy(tokens / "tokenizer", ctx.write("tokenizer"))
+    for split in ("train", "validation", "test"):
+        link_or_copy(tokens / "tokens" / split, ctx.write(f"{split}_tokens"))
+    link_or_copy(base / "model", ctx.write("base_model"))
+    sets = write_attack_texts(Tokens(tokens / "tokens" / "attack"), ctx.config, ctx.write("attack_texts"))
+    facts = setup_facts(ctx.config, ctx.seed, ctx.write("base_model"))
+    origin = {"base_model_origin": read_json(base / "origin.json"), "splits": read_json(tokens / "counts.json"), "attack_sets": sets}
+    write_json(ctx.write("setup"), facts | origin)
+
+
+STAGE = Stage(
+    number=0,
+    name="setup",
+    purpose="tokenise the text, get the base model, choose the attack texts",
+    reads=(),
+    writes={
+        "tokenizer": "tokenizer",
+        "base_model": "base_model",
+        "train_tokens": "tokens/train",
+        "validation_tokens": "tokens/validation",
+        "test_tokens": "tokens/test",
+        "attack_texts": "attack_texts.json",
+        "setup": "setup_complete.json",
+    },
+    config_keys=(
+        "model",
+        "data",
+        "compute",
+        "uat.text_tokens",
+        "uat.search_texts",
+        "uat.select_texts",
+        "uat.report_texts",
+        "hotflip.texts",
+        "hotflip.prefix_tokens",
+        "hotflip.scored_tokens",
+    ),
+    run=run,
+)
+
+if __name__ == "__main__":
+    main(STAGE)

@@ -1,0 +1,42 @@
+"""Stage 4: perplexity of all four models on identical test tokens."""
+
+from stages.pipeline import main
+from utils.run.stage import Context, Stage
+
+MODELS = {
+    "base": "base_model",
+    "converted": "converted_model",
+    "baseline": "baseline_model",
+    "monotonic": "monotonic_model",
+}
+
+
+def run(ctx: Context) -> None:
+    from utils.evaluation.perplexity import evaluate_stored
+    from utils.run.artifacts import write_json
+
+    results = evaluate_stored(
+        ctx.config,
+        ctx.seed,
+        models={name: ctx.read(artefact) for name, artefact in MODELS.items()},
+        train_tokens=ctx.read("train_tokens"),
+        test_tokens=ctx.read("test_tokens"),
+        state=ctx.state,
+        records=ctx.write("evaluation_records"),
+        stop=ctx.stop,
+    )
+    write_json(ctx.write("evaluation_results"), results)
+
+
+STAGE = Stage(
+    number=4,
+    name="evaluate",
+    purpose="measure the perplexity of all models on the same tokens",
+    reads=(*MODELS.values(), "train_tokens", "test_tokens"),
+    writes={"evaluation_records": "records.jsonl", "evaluation_results": "evaluation_results.json"},
+    config_keys=("evaluate", "compute"),
+    run=run,
+)
+
+if __name__ == "__main__":
+    main(STAGE)

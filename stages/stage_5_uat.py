@@ -1,0 +1,38 @@
+"""Stage 5: universal adversarial triggers, searched on one text set, chosen on a second, reported on a third."""
+
+from stages.pipeline import main
+from utils.run.stage import Context, Stage
+
+MODELS = {"base": "base_model", "baseline": "baseline_model", "monotonic": "monotonic_model"}
+
+
+def run(ctx: Context) -> None:
+    from utils.attacks.uat import attack_stored
+    from utils.run.artifacts import write_json, write_text
+
+    results, table = attack_stored(
+        ctx.config,
+        ctx.seed,
+        models={name: ctx.read(artefact) for name, artefact in MODELS.items()},
+        texts=ctx.read("attack_texts"),
+        tokenizer=ctx.read("tokenizer"),
+        state=ctx.state,
+        records=ctx.write("uat_records"),
+        stop=ctx.stop,
+    )
+    write_json(ctx.write("uat_results"), results)
+    write_text(ctx.write("learned_triggers"), table)
+
+
+STAGE = Stage(
+    number=5,
+    name="uat",
+    purpose="search universal adversarial triggers and report them on held-out texts",
+    reads=(*MODELS.values(), "attack_texts", "tokenizer"),
+    writes={"uat_records": "records.jsonl", "uat_results": "uat_results.json", "learned_triggers": "learned_triggers.csv"},
+    config_keys=("uat", "compute"),
+    run=run,
+)
+
+if __name__ == "__main__":
+    main(STAGE)

@@ -1,0 +1,36 @@
+"""Stage 6: HotFlip, exact greedy flips scored on untouched tokens, beside random flips."""
+
+from stages.pipeline import main
+from utils.run.stage import Context, Stage
+
+MODELS = {"base": "base_model", "baseline": "baseline_model", "monotonic": "monotonic_model"}
+
+
+def run(ctx: Context) -> None:
+    from utils.attacks.hotflip import attack_stored
+    from utils.run.artifacts import write_json
+
+    results = attack_stored(
+        ctx.config,
+        ctx.seed,
+        models={name: ctx.read(artefact) for name, artefact in MODELS.items()},
+        texts=ctx.read("attack_texts"),
+        state=ctx.state,
+        records=ctx.write("hotflip_records"),
+        stop=ctx.stop,
+    )
+    write_json(ctx.write("hotflip_results"), results)
+
+
+STAGE = Stage(
+    number=6,
+    name="hotflip",
+    purpose="flip tokens greedily and score the untouched ones",
+    reads=(*MODELS.values(), "attack_texts"),
+    writes={"hotflip_records": "records.jsonl", "hotflip_results": "hotflip_results.json"},
+    config_keys=("hotflip", "compute"),
+    run=run,
+)
+
+if __name__ == "__main__":
+    main(STAGE)

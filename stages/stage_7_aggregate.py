@@ -1,0 +1,57 @@
+"""Stage 7: tables, figures and the summary over all seeds, from records alone."""
+
+from stages.pipeline import main
+from utils.run.stage import Context, Stage
+
+RECORDS = (
+    "setup",
+    "application_log",
+    "monotonic_certificate",
+    "baseline_metrics",
+    "baseline_history",
+    "monotonic_metrics",
+    "monotonic_history",
+    "evaluation_records",
+    "evaluation_results",
+    "uat_records",
+    "uat_results",
+    "hotflip_records",
+    "hotflip_results",
+)
+
+
+def run(ctx: Context) -> None:
+    from utils.report.study import Study
+    from utils.report.summary import final_results, summary_text
+    from utils.report.tables import write_tables
+    from utils.report.figures import write_figures
+    from utils.run.artifacts import write_json, write_text
+
+    study = Study.load(ctx.config, ctx.inputs)
+    write_tables(study, ctx.write("tables"))
+    write_figures(study, ctx.write("figures"))
+    write_json(ctx.write("resolved_config"), ctx.config.model_dump(mode="json"))
+    write_json(ctx.write("final_results"), final_results(study))
+    write_text(ctx.write("summary"), summary_text(study))
+    write_text(ctx.folders.summary, summary_text(study))
+
+
+STAGE = Stage(
+    number=7,
+    name="aggregate",
+    purpose="write tables, figures and the summary",
+    reads=RECORDS,
+    writes={
+        "final_results": "final_results.json",
+        "summary": "experiment_summary.txt",
+        "tables": "tables",
+        "figures": "figures",
+        "resolved_config": "resolved_config.json",
+    },
+    config_keys=("report", "hotflip.threshold_nats"),
+    run=run,
+    every_seed=False,
+)
+
+if __name__ == "__main__":
+    main(STAGE)

@@ -1,0 +1,1 @@
+"""The library that the numbered stages share."""

@@ -1,0 +1,1 @@
+"""Universal triggers, HotFlip and their controls."""

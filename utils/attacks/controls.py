@@ -1,0 +1,31 @@
+"""What chance does: random flips, random triggers, and a neutral trigger. The same for every model, drawn from the attack's seed."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+
+def _generator(seed: int, *key: str | int) -> np.random.Generator:
+    """Randomness that depends on the seed and on what it is for, not on the order of work."""
+    return np.random.default_rng([seed, *(zlib.crc32(str(part).encode()) for part in key)])
+
+
+def random_flips(seed: int, text_id: str, draws: int, flips: int, places: int, allowed: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(draws, flips, 2) of (place, token): distinct places below `places`, tokens uniform over `allowed`."""
+    random = _generator(seed, "flips", text_id)
+    where = np.stack([random.choice(places, flips, replace=False) for _ in range(draws)])
+    return np.stack([where, random.choice(allowed, (draws, flips))], axis=2)
+
+
+def random_trigger(seed: int, number: int, length: int, allowed: NDArray[np.int64], purpose: str) -> list[int]:
+    """Uniform token ids: a starting point of the search (purpose 'start') or a control (purpose 'control')."""
+    return _generator(seed, purpose, number).choice(allowed, length).tolist()
+
+
+def neutral_trigger(tokenizer: Tokenizer, length: int) -> list[int]:
+    """Line ends. They show what a mere shift of the text by `length` positions does."""
+    return tokenizer.encode("\n", add_special_tokens=False).ids[:1] * length

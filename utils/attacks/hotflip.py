@@ -1,0 +1,184 @@
+"""HotFlip on a causal LM: greedy token flips, each chosen by exact re-scoring, the gradient taken anew after every flip.
+
+A text is a prefix, whose tokens may be flipped, and a continuation, which alone is scored and never touched. The scored
+index set is therefore one and the same for the clean and the attacked text and for every model (Ebrahimi et al. 2018,
+arXiv 1712.06751, scored the attacked input of a classifier; scoring flipped tokens of an LM would reward rare tokens).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from configs.schema import Experiment, HotFlip
+from utils.attacks.controls import random_flips
+from utils.attacks.scoring import Scorer, allowed_tokens, first_order_candidates
+from utils.data.attack_texts import read_attack_texts
+from utils.models.loading import device_of, load_model
+from utils.run.artifacts import write_text
+from utils.run.preemption import Stop
+from utils.run.progress import Progress
+from utils.run.records import Records, Row, grouped, read_rows
+
+UNIT = "nats per untouched token"
+
+
+@dataclass
+class Attack:
+    """One text under attack. `nll[k]` is the mean over the untouched tokens after k flips, nats per token."""
+
+    ids: Tensor  # (1 + prefix + scored,), end-of-text first
+    nll: list[float]
+    flips: list[dict[str, Any]] = field(default_factory=list)
+    stuck: bool = False
+
+
+def attack_batch(scorer: Scorer, ids: Tensor, spec: HotFlip, allowed: Tensor) -> list[Attack]:
+    """Attack the texts ids (B, 1 + prefix + scored). A text stops early when no candidate raises its loss."""
+    clean = scorer.nll(ids, spec.scored_tokens).tolist()
+    attacks = [Attack(row.clone(), [nll]) for row, nll in zip(ids, clean, strict=True)]
+    for _ in range(spec.flips):
+        live = [attack for attack in attacks if not attack.stuck]
+        if not live:
+            break
+        _flip_each(scorer, live, spec, allowed)
+    for attack in attacks:
+        attack.nll += [attack.nll[-1]] * (spec.flips + 1 - len(attack.nll))
+    return attacks
+
+
+def _flip_each(scorer: Scorer, attacks: Sequence[Attack], spec: HotFlip, allowed: Tensor) -> None:
+    """Give every text its best flip among the first-order candidates, all candidates of all texts scored together."""
+    editable = slice(1, 1 + spec.prefix_tokens)
+    slopes = scorer.gradient(torch.stack([attack.ids for attack in attacks]), spec.scored_tokens, editable)
+    proposals = [_proposals(scorer, attack, slope, spec, allowed) for attack, slope in zip(attacks, slopes, strict=True)]
+    edited = torch.cat([_edited(attack.ids, places) for attack, places in zip(attacks, proposals, strict=True)])
+    scores = scorer.nll(edited, spec.scored_tokens).split([len(places) for places in proposals])
+    for attack, places, nll, slope in zip(attacks, proposals, scores, slopes, strict=True):
+        best = int(nll.argmax()) if len(nll) else -1
+        if best < 0 or float(nll[best]) <= attack.nll[-1]:
+            attack.stuck = True
+            continue
+        place, token = places[best].tolist()
+        old = int(attack.ids[1 + place])
+        change = scorer.embeddings[token] - scorer.embeddings[old]
+        attack.flips.append({"position": place, "old": old, "new": token, "predicted": float(slope[place] @ change)})
+        attack.ids[1 + place] = token
+        attack.nll.append(float(nll[best]))
+
+
+def _proposals(scorer: Scorer, attack: Attack, slope: Tensor, spec: HotFlip, allowed: Tensor) -> Tensor:
+    """(K, 2) of (place, token); a place is flipped once, so that k flips change k tokens."""
+    free = allowed.repeat(spec.prefix_tokens, 1)
+    free[[flip["position"] for flip in attack.flips]] = False
+    current = attack.ids[1 : 1 + spec.prefix_tokens]
+    return first_order_candidates(scorer, slope, current, free, spec.candidates)
+
+
+def _edited(ids: Tensor, places: Tensor) -> Tensor:
+    """(K, T) copies of ids (T,), each with one token replaced."""
+    copies = ids.repeat(len(places), 1)
+    copies[torch.arange(len(places)), 1 + places[:, 0]] = places[:, 1]
+    return copies
+
+
+def random_control(scorer: Scorer, ids: Tensor, text_id: str, spec: HotFlip, allowed: Tensor) -> list[float]:
+    """Mean NLL of the untouched tokens after `flips` random flips, for each of the draws; ids (T,)."""
+    tokens = np.flatnonzero(allowed.cpu().numpy())
+    draws = torch.from_numpy(random_flips(spec.seed, text_id, spec.random_draws, spec.flips, spec.prefix_tokens, tokens))
+    draws = draws.to(ids.device)
+    copies = ids.repeat(spec.random_draws, 1)
+    copies.scatter_(1, 1 + draws[..., 0], draws[..., 1])
+    return scorer.nll(copies, spec.scored_tokens).tolist()
+
+
+def attack_rows(scorer: Scorer, name: str, texts: Sequence[Row], end_of_text: int, spec: HotFlip, allowed: Tensor) -> list[Row]:
+    """Attack a batch of texts {id, subset, ids}; one row a text with losses by number of flips and the controls."""
+    ids = torch.tensor([[end_of_text, *text["ids"]] for text in texts], device=scorer.device)
+    attacks = attack_batch(scorer, ids, spec, allowed)
+    whole = ids.shape[1] - 1
+    reference_clean = scorer.nll(ids, whole).tolist()
+    reference_attacked = scorer.nll(torch.stack([attack.ids for attack in attacks]), whole).tolist()
+    return [
+        {
+            "model": name,
+            "text": text["id"],
+            "subset": text["subset"],
+            "nll": attack.nll,
+            "flips": attack.flips,
+            "random_nll": random_control(scorer, row, text["id"], spec, allowed),
+            "reference_clean": before,
+            "reference_attacked": after,
+        }
+        for text, row, attack, before, after in zip(texts, ids, attacks, reference_clean, reference_attacked, strict=True)
+    ]
+
+
+def attack_model(
+    model: PreTrainedModel, name: str, texts: Sequence[Row], end_of_text: int, spec: HotFlip, precision: str, path: Path, stop: Stop
+) -> list[Row]:
+    """Attack all texts on one model, with resume after every batch; returns the rows of the finished file."""
+    scorer = Scorer(model, precision)
+    allowed = allowed_tokens(model.config.vocab_size, {end_of_text}, scorer.device)
+    records, groups = Records(path), grouped(texts, spec.batch_size)
+    pending = list(records.pending(groups))
+    progress = Progress(f"HotFlip on {name}", len(groups), len(groups) - len(pending))
+    for group in pending:
+        stop.check()
+        records.append(attack_rows(scorer, name, group, end_of_text, spec, allowed))
+        progress.advance()
+    progress.close()
+    return read_rows(path)
+
+
+def summarise(rows: Sequence[Row], spec: HotFlip) -> dict[str, Any]:
+    """Figures of one model from its records; the reference's fields hold untouched-token losses."""
+    clean, attacked = [row["nll"][0] for row in rows], [row["nll"][-1] for row in rows]
+    rises = np.subtract(attacked, clean)
+    random_rises = np.array([np.mean(row["random_nll"]) - row["nll"][0] for row in rows])
+    reference = np.array([row["reference_attacked"] / row["reference_clean"] - 1 for row in rows])
+    return {
+        "avg_degradation": float(rises.mean()),
+        "std_degradation": float(rises.std(ddof=1)) if len(rises) > 1 else 0.0,
+        "success_rate": float((rises > spec.threshold_nats).mean()),
+        "avg_orig_loss": float(np.mean(clean)),
+        "avg_attack_loss": float(np.mean(attacked)),
+        "random_degradation": float(random_rises.mean()),
+        "rise_by_flips": (np.array([row["nll"] for row in rows]) - np.array(clean)[:, None]).mean(axis=0).tolist(),
+        "mean_flips": float(np.mean([len(row["flips"]) for row in rows])),
+        "reference_criterion": {
+            "success_rate": float((reference > spec.reference_threshold).mean()),
+            "mean_relative_rise": float(reference.mean()),
+            "note": "all tokens scored, flipped ones included, relative to the model's own clean loss; favours worse models",
+        },
+        "num_samples": len(rows),
+        "num_oom_skipped": 0,
+    }
+
+
+def attack_stored(
+    config: Experiment, seed: int, *, models: dict[str, Path], texts: Path, state: Path, records: Path, stop: Stop
+) -> dict[str, Any]:
+    """Attack stored models with the same texts and budget; write all rows to `records`; return hotflip_results.json."""
+    device, spec = device_of(config.compute), config.hotflip
+    sets, end_of_text = read_attack_texts(texts)
+    rows: list[Row] = []
+    results = {}
+    for name, folder in models.items():
+        model = load_model(folder, device)
+        mine = attack_model(
+            model, name, sets["hotflip"], end_of_text, spec, config.compute.precision, state / f"{name}.jsonl", stop
+        )
+        rows += mine
+        results[f"{name}_pythia"] = {**summarise(mine, spec), "model_name": name}
+    write_text(records, "".join(json.dumps(row) + "\n" for row in rows))
+    attack = {"num_flips": spec.flips, "num_samples": spec.texts, "success_threshold": spec.threshold_nats}
+    return {"seed": seed, "attack_config": attack | spec.model_dump(mode="json"), "results": results, "loss_unit": UNIT}

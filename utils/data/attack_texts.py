@@ -1,0 +1,51 @@
+"""Fixed-length texts for the attacks: disjoint sets of documents for search, selection, report and HotFlip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Experiment
+from utils.data.tokens import Tokens
+from utils.run.artifacts import read_json, write_json
+from utils.run.errors import InputError
+
+Text = dict[str, Any]  # id, subset, ids
+
+
+def wanted(config: Experiment) -> dict[str, tuple[int, int]]:
+    """{set: (number of texts, tokens of each)}."""
+    uat, flips = config.uat, config.hotflip
+    return {
+        "hotflip": (flips.texts, flips.prefix_tokens + flips.scored_tokens),
+        "report": (uat.report_texts, uat.text_tokens),
+        "search": (uat.search_texts, uat.text_tokens),
+        "select": (uat.select_texts, uat.text_tokens),
+    }
+
+
+def write_attack_texts(tokens: Tokens, config: Experiment, path: Path) -> dict[str, int]:
+    """Cut the first tokens of attack documents, one text a document, and no document in two sets. Returns the set sizes."""
+    stock = [
+        {"id": f"attack-{number}", "subset": subset, "ids": ids.tolist()}
+        for number, (ids, subset) in enumerate(zip(tokens.documents(), tokens.subset_names(), strict=True))
+    ]
+    sets: dict[str, list[Text]] = {}
+    for name, (count, length) in wanted(config).items():
+        fitting = [text for text in stock if len(text["ids"]) >= length][:count]
+        if len(fitting) < count:
+            raise InputError(
+                f"attack texts: found {len(fitting)} unused documents of at least {length} tokens for the set {name!r}, "
+                f"expected {count}; give more text (data.*) or ask for fewer texts (uat.*_texts, hotflip.texts)"
+            )
+        used = {text["id"] for text in fitting}
+        stock = [text for text in stock if text["id"] not in used]
+        sets[name] = [{**text, "ids": text["ids"][:length]} for text in fitting]
+    write_json(path, {"end_of_text": tokens.end_of_text, "sets": sets})
+    return {name: len(texts) for name, texts in sets.items()}
+
+
+def read_attack_texts(path: Path) -> tuple[dict[str, list[Text]], int]:
+    """(texts of every set, id of the end-of-text token)."""
+    stored = read_json(path)
+    return stored["sets"], stored["end_of_text"]

@@ -1,0 +1,1 @@
+"""Loading, feed-forward adapters, the monotone constraint, conversion and certificate."""

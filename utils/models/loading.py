@@ -1,0 +1,119 @@
+"""Models on disk and on the device: safetensors only, fp32 master weights always."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from configs.schema import Compute, Model, Scratch
+from utils.models import activations  # noqa: F401 - makes our activations loadable by name
+from utils.run.artifacts import published
+from utils.run.errors import InputError
+
+transformers_logging.disable_progress_bar()
+
+
+def device_of(compute: Compute) -> torch.device:
+    """The device to use; sets the number of CPU threads. Raises InputError if a GPU is asked for and none is there."""
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("compute.device: found no usable GPU, expected one for 'cuda'; check the driver, or set compute.device=cpu")
+    return torch.device("cuda" if compute.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Matrix products in bf16 where asked for; parameters, norms, softmax and losses stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def compute_dtype(compute: Compute) -> torch.dtype:
+    """The format that matrix products run in, hence the one that a certificate must hold in."""
+    return torch.bfloat16 if compute.precision == "bf16" else torch.float32
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load a model folder in fp32, ready to evaluate. Only safetensors are read, never a pickle."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: expected a model folder with config.json and safetensors weights: {error}") from None
+    return model.to(device).eval()
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write config.json and model.safetensors with the weights that run, which plain transformers loads."""
+    state = plain_state(model)
+    first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}  # tied weights are stored once
+    with published(folder) as aside:
+        aside.mkdir()
+        model.config.save_pretrained(aside)
+        save_tensors({name: tensor for name, tensor in state.items() if first[tensor.data_ptr()] == name}, aside / "model.safetensors")
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """State of a model under its architecture's own names: a parametrised weight is replaced by its value."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".parametrizations." not in name}
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            state[f"{name}.weight"] = module.weight.detach()  # type: ignore[union-attr]
+    return state
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write named tensors to one safetensors file."""
+    with disk_errors(path):
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+class disk_errors:  # noqa: N801 - reads as a statement
+    """Turn the safetensors writer's error into the OSError it hides."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SafetensorError) and (code := re.search(r"os error (\d+)", str(error))):
+            raise OSError(int(code[1]), str(error), str(self.path)) from error
+
+
+def scratch_model(shape: Scratch, end_of_text: int) -> PreTrainedModel:
+    """An untrained GPT-NeoX model, initialised from `shape.seed` alone."""
+    config = GPTNeoXConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate,
+        max_position_embeddings=shape.context,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        use_cache=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(shape.seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def fetch_pretrained(model: Model) -> tuple[PreTrainedModel, str]:
+    """A published checkpoint (hub name or local folder) in fp32, and the commit it resolved to ('local' for a folder)."""
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model.name, revision=model.revision, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model.name={model.name!r}, revision {model.revision!r}: cannot be loaded as a causal LM with safetensors weights: "
+            f"{str(error).splitlines()[0]}. Check name, network and access, or give a local folder"
+        ) from None
+    return loaded.eval(), getattr(loaded.config, "_commit_hash", None) or "local"

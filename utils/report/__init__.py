@@ -1,0 +1,1 @@
+"""From records to statistics, tables, figures and the summary. Never loads a model."""

@@ -1,0 +1,137 @@
+"""Files that exist completely or not at all, and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils.run.errors import InputError
+
+TEMPORARY = ".tmp-"
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk, so that it survives a power loss."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to fill (a file or a folder); move it to `path` only if the block succeeds.
+
+    A file that is there is replaced in one step. A folder that is there is removed just before the move: call this on
+    a folder only where it is derived data that its manifest no longer vouches for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        yield aside
+        for file in files_below(aside):
+            sync(file)
+        if aside.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(aside, path)
+        sync(path.parent)
+    finally:
+        remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder that may or may not be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder`."""
+    if folder.is_dir():
+        for leftover in folder.glob(f"{TEMPORARY}*"):
+            remove(leftover)
+
+
+def write_text(path: Path, text: str) -> None:
+    with published(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON: NaN and infinity raise ValueError before anything is touched."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: expected a JSON file, found something else ({error}); remove it to have it made again") from None
+
+
+def files_below(path: Path) -> list[Path]:
+    """The file itself, or all files of a folder in a fixed order."""
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
+
+
+def _digest(handle: Any) -> str:
+    """Python 3.10 has no hashlib.file_digest."""
+    state = hashlib.sha256()
+    while block := handle.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()
+
+
+def value_digest(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def inventory(path: Path) -> dict[str, dict[str, Any]]:
+    """{relative name: {sha256, bytes}} of a file (name ".") or of every file of a folder."""
+    return {
+        file.relative_to(path).as_posix(): {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in files_below(path)
+    }
+
+
+def damage(path: Path, expected: dict[str, dict[str, Any]]) -> str | None:
+    """What is wrong with a file or folder against its inventory, in words; None if it is intact."""
+    for name, facts in expected.items():
+        file = path if name == "." else path / name
+        if not file.is_file():
+            return f"{file} is missing"
+        size = file.stat().st_size
+        if size != facts["bytes"]:
+            return f"{file} has {size} bytes, expected {facts['bytes']}"
+        if file_digest(file) != facts["sha256"]:
+            return f"{file} differs from its SHA-256 checksum"
+    return None
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Place a file or folder at `target` by hard links, by copies where links are not possible."""
+    with published(target) as aside:
+        for file in files_below(source):
+            place = aside if file == source else aside / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, place)
+            except OSError:
+                shutil.copyfile(file, place)

@@ -1,0 +1,33 @@
+"""Derived data that several runs share: built once under a lock, checked against its checksums whenever it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from utils.run.artifacts import damage, inventory, published, read_json, remove, sweep_temporaries, value_digest, write_json
+from utils.run.lock import locked
+
+
+def cached(root: Path, kind: str, description: dict[str, Any], build: Callable[[Path, Path], None]) -> Path:
+    """Return the folder that `build(target, state)` fills for this description.
+
+    `state` survives an interrupted build, so that a long one can go on. A damaged entry is named and built again.
+    """
+    entry = root / f"{kind}-{value_digest(description)[:16]}"
+    content, mark = entry / "content", entry / "manifest.json"
+    with locked(entry, wait=True):
+        sweep_temporaries(entry)
+        if mark.exists():
+            fault = damage(content, read_json(mark)["files"])
+            if fault is None:
+                return content
+            print(f"  cache: {fault}; building it again")
+            remove(mark)
+        with published(content) as aside:
+            aside.mkdir()
+            build(aside, entry / "state")
+        write_json(mark, {"description": description, "files": inventory(content)})
+        remove(entry / "state")
+    return content

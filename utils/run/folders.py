@@ -1,0 +1,44 @@
+"""Where a run lives on disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.schema import Paths
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Absolute folders of one run."""
+
+    work: Path
+    results: Path
+    cache: Path
+    run_name: str
+
+    @classmethod
+    def of(cls, paths: Paths, run_name: str) -> Folders:
+        scratch = Path(os.environ.get("SCRATCH") or "runs")
+        project = Path(os.environ.get("PROJECT") or ".")
+        return cls(
+            work=(paths.work or scratch / "foundation_llm_work").resolve(),
+            results=(paths.results or project / "foundation_llm_final_results").resolve(),
+            cache=(paths.cache or scratch / "foundation_llm_cache").resolve(),
+            run_name=run_name,
+        )
+
+    @property
+    def run(self) -> Path:
+        return self.work / self.run_name
+
+    @property
+    def final(self) -> Path:
+        """Results of this run."""
+        return self.results / self.run_name
+
+    @property
+    def summary(self) -> Path:
+        """Always the newest finished run's summary."""
+        return self.results / "experiment_summary.txt"

@@ -1,0 +1,89 @@
+"""A stage's two marks on disk: `started.json`, what it is working on, and `manifest.json`, written last, that it is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.run.artifacts import damage, inventory, read_json, value_digest, write_json
+from utils.run.environment import code_revision, host, now, versions
+from utils.run.errors import InputError
+
+STARTED = "started.json"
+MANIFEST = "manifest.json"
+
+
+def begin(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Note one more start in the folder; return the notes. The identity (stage, config, inputs) must agree with the one there."""
+    path = folder / STARTED
+    notes = read_json(path) if path.exists() else {"identity": identity, "starts": []}
+    notes["starts"].append({"at": now(), "code_revision": code_revision(), **host()})
+    write_json(path, notes)
+    return notes
+
+
+def started(folder: Path) -> dict[str, Any] | None:
+    return _load(folder / STARTED, "identity", "starts")
+
+
+def completed(folder: Path) -> dict[str, Any] | None:
+    """The manifest, if the stage is complete."""
+    return _load(folder / MANIFEST, "identity", "outputs")
+
+
+def _load(path: Path, *keys: str) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    value = read_json(path)
+    if not isinstance(value, dict) or not set(keys) <= set(value):
+        raise InputError(f"{path}: expected the keys {', '.join(keys)}; the file is not one of ours, move it away and run again")
+    return value
+
+
+def complete(folder: Path, notes: Mapping[str, Any], outputs: Mapping[str, str], seconds: float) -> None:
+    """Declare the stage complete: every output is there, its digest is taken, the manifest comes last."""
+    listed = {}
+    for name, relative in outputs.items():
+        path = folder / relative
+        if not path.exists():
+            raise RuntimeError(f"the stage ended without its declared output {name!r}: {path} is missing")
+        listed[name] = {"path": relative, "files": inventory(path)}
+    write_json(
+        folder / MANIFEST,
+        {
+            "identity": notes["identity"],
+            "outputs": listed,
+            "starts": notes["starts"],
+            "finished": now(),
+            "seconds_of_last_start": round(seconds, 3),
+            "code_revision": code_revision(),
+            "versions": versions(),
+        },
+    )
+
+
+def digest_of(manifest: Mapping[str, Any], name: str) -> str:
+    """Digest of one output, over the checksums of its files."""
+    return value_digest(manifest["outputs"][name]["files"])
+
+
+def first_damage(folder: Path, manifest: Mapping[str, Any], name: str | None = None) -> str | None:
+    """What is wrong with one output (or any), in words; None if intact."""
+    for key, facts in manifest["outputs"].items():
+        if name in (None, key) and (fault := damage(folder / facts["path"], facts["files"])):
+            return fault
+    return None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for every leaf in which two identities differ."""
+    before, after = _flat(old), _flat(new)
+    keys = [key for key in before | after if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}" for key in keys]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {key: leaf for name, branch in tree.items() for key, leaf in _flat(branch, f"{prefix}.{name}" if prefix else name).items()}

@@ -1,0 +1,41 @@
+"""Stop in time: a signal or a deadline sets a flag, and the loop that does the work decides when to save and leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+from utils.run.errors import StoppedInTime
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+class Stop:
+    """The flag. `margin` seconds before the job's end the deadline counts as reached (SLURM_JOB_END_TIME, epoch seconds)."""
+
+    def __init__(self, margin: float = 120.0) -> None:
+        self.reason: str | None = None
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        self.deadline = float(end) - margin if end.isdigit() else None
+
+    def listen(self) -> None:
+        """Let SIGUSR1, SIGTERM and Ctrl-C set the flag; a second Ctrl-C ends the process at once."""
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.reason = f"signal {signal.Signals(number).name}"
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def requested(self) -> bool:
+        if self.reason is None and self.deadline is not None and time.time() >= self.deadline:
+            self.reason = "the job's time limit is near"
+        return self.reason is not None
+
+    def check(self) -> None:
+        """Raise StoppedInTime if asked to stop. Call it only where everything done so far is on disk."""
+        if self.requested():
+            raise StoppedInTime(self.reason)

@@ -1,0 +1,70 @@
+"""One JSON line for each example, appended as it is done; what a killed process left torn is dropped and done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from utils.run.errors import InputError
+
+Row = dict[str, Any]
+Item = TypeVar("Item")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a finished file. A damaged line raises InputError with its number."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise InputError(f"{path}, line {number}: found {line[:60]!r}, expected a JSON object; run its stage again") from None
+    return rows
+
+
+class Records:
+    """An append-only file of rows in a fixed order, with resume.
+
+    Work comes in groups whose composition does not depend on where the work was interrupted (the last bits of a
+    batched result depend on its batch). `pending` drops the rows of an unfinished group and goes on from its start.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def pending(self, groups: Sequence[Sequence[Item]]) -> Iterator[Sequence[Item]]:
+        """Yield the groups that have no rows yet; every item of a group gives one row."""
+        lines = self._whole_lines()
+        done = rows = 0
+        while done < len(groups) and rows + len(groups[done]) <= len(lines):
+            rows += len(groups[done])
+            done += 1
+        with self.path.open("ab") as handle:
+            handle.truncate(sum(len(line) for line in lines[:rows]))
+        yield from groups[done:]
+
+    def append(self, rows: Iterable[Row]) -> None:
+        text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        with self.path.open("ab") as handle:
+            handle.write(text.encode())
+
+    def _whole_lines(self) -> list[bytes]:
+        """Leading lines that end in a newline and parse."""
+        lines: list[bytes] = []
+        data = self.path.read_bytes() if self.path.exists() else b""
+        for line in data.splitlines(keepends=True):
+            try:
+                json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            lines.append(line)
+        return lines
+
+
+def grouped(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

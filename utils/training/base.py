@@ -1,0 +1,71 @@
+"""The base model: fetched, or pretrained here on the training split, once for all runs that want the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Experiment, Scratch, Training
+from utils.data.tokens import PackedBatches, Tokens
+from utils.models.loading import device_of, fetch_pretrained, save_model, scratch_model
+from utils.run.artifacts import read_json, value_digest, write_json
+from utils.run.cache import cached
+from utils.run.preemption import Stop
+from utils.training.loop import Run, train
+
+
+def base_cache(config: Experiment, root: Path, tokens: Path, stop: Stop) -> Path:
+    """Folder with the base model in fp32 (model/) and where it is from (origin.json), built if it is not there."""
+    shape = config.model.scratch
+    description: dict[str, Any] = {"model": config.model.model_dump(mode="json")}
+    if shape:
+        description |= {"text": value_digest(read_json(tokens.parent / "manifest.json")), "precision": config.compute.precision}
+
+    def build(target: Path, state: Path) -> None:
+        if shape:
+            pretrain(config, shape, tokens, target, state, stop)
+        else:
+            model, commit = fetch_pretrained(config.model)
+            save_model(model, target / "model")
+            write_json(target / "origin.json", {"name": config.model.name, "commit": commit})
+
+    return cached(root, "base", description, build)
+
+
+def pretrain(config: Experiment, shape: Scratch, tokens: Path, target: Path, state: Path, stop: Stop) -> None:
+    """Train a GPT-NeoX model from random weights with the loop that both arms use."""
+    spec = Training(
+        steps=shape.steps,
+        batch_size=shape.batch_size,
+        micro_batch=shape.batch_size,
+        distillation=0.0,
+        validate_every=max(1, shape.steps // 5),
+        keep_last=1,
+    )
+    train_tokens = Tokens(tokens / "tokens" / "train")
+    model = scratch_model(shape, train_tokens.end_of_text).to(device_of(config.compute))
+    run = Run(
+        model=model,
+        spec=spec,
+        peak_rate=shape.learning_rate,
+        train=PackedBatches(train_tokens, shape.sequence_length, shape.seed),
+        validation=PackedBatches(Tokens(tokens / "tokens" / "validation"), shape.sequence_length, shape.seed),
+        precision=config.compute.precision,
+        state_folder=state / "checkpoints",
+        metrics=state / "metrics.jsonl",
+        stop=stop,
+        label="pretrain the base model",
+    )
+    final, _ = train(run)
+    save_model(model, target / "model")
+    write_json(
+        target / "origin.json",
+        {
+            "name": config.model.name,
+            "commit": "pretrained at setup",
+            "steps": spec.steps,
+            "tokens": spec.steps * run.tokens_per_step,
+            "passes_over_text": spec.steps * spec.batch_size / run.train.count,
+            "validation_nll": final.best_nll,
+        },
+    )

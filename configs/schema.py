@@ -199,7 +199,9 @@ class HotFlip(Section):
     candidates: Positive = Field(description="first-order candidates re-scored exactly, per flip")
     batch_size: Positive = Field(8, description="texts attacked together")
     random_draws: Positive = Field(4, description="random-flip control: draws per text and number of flips")
-    threshold_nats: Annotated[float, Field(gt=0)] = Field(0.1, description="success: rise in nats per untouched token, common to all models")
+    threshold_nats: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="success: rise in nats per untouched token, common to all models"
+    )
     reference_threshold: Annotated[float, Field(gt=0)] = Field(0.15, description="the reference's criterion: relative rise of the own loss")
     seed: Count = Field(0, description="of the random control; separate from the training seed")
 

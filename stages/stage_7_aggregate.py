@@ -21,10 +21,10 @@ RECORDS = (
 
 
 def run(ctx: Context) -> None:
+    from utils.report.figures import write_figures
     from utils.report.study import Study
     from utils.report.summary import final_results, summary_text
     from utils.report.tables import write_tables
-    from utils.report.figures import write_figures
     from utils.run.artifacts import write_json, write_text
 
     study = Study.load(ctx.config, ctx.inputs)

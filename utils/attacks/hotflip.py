@@ -174,9 +174,7 @@ def attack_stored(
     results = {}
     for name, folder in models.items():
         model = load_model(folder, device)
-        mine = attack_model(
-            model, name, sets["hotflip"], end_of_text, spec, config.compute.precision, state / f"{name}.jsonl", stop
-        )
+        mine = attack_model(model, name, sets["hotflip"], end_of_text, spec, config.compute.precision, state / f"{name}.jsonl", stop)
         rows += mine
         results[f"{name}_pythia"] = {**summarise(mine, spec), "model_name": name}
     write_text(records, "".join(json.dumps(row) + "\n" for row in rows))

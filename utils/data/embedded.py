@@ -35,10 +35,10 @@ def package_versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        raise InputError(f"data.embedded.packages: {name!r} is not installed; install it or take it off the list") from None
+    distributions = metadata.packages_distributions().get(name)
+    if not distributions:
+        raise InputError(f"data.embedded.packages: {name!r} is not an installed package; install it or take it off the list")
+    return metadata.version(distributions[0])
 
 
 @lru_cache(maxsize=2)
@@ -80,8 +80,7 @@ def _sources(package: str) -> Iterator[tuple[Path, Path]]:
         root = Path(sysconfig.get_paths()["stdlib"])
     else:
         spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise InputError(f"data.embedded.packages: {package!r} is not an installed package; take it off the list")
+        assert spec is not None and spec.submodule_search_locations, f"{package} has a version but no folder"
         root = Path(next(iter(spec.submodule_search_locations)))
     for path in root.rglob("*.py"):
         if not SKIPPED.intersection(path.relative_to(root).parts):

@@ -88,7 +88,7 @@ def pile_rows(path: Path) -> Iterator[tuple[str, str]]:
     with path.open("rb") as raw:
         stream = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
         try:
-            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):  # type: ignore[type-var]
+            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
                 try:
                     row = json.loads(line)
                     yield row["text"], (row.get("meta") or {}).get("pile_set_name", "unknown")

@@ -57,7 +57,7 @@ def tokenise(
     out and counted as `duplicates`.
     """
     seen: dict[bytes, str] = {}
-    counts = {}
+    counts: dict[str, dict[str, int]] = {}
     for split in SPLITS:
         fresh = _Fresh(rows(config.data, split), seen, remember=split != "train")
         limit, longest = limits[split]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,8 @@ def write_split(
     """
     folder.mkdir(parents=True)
     dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4")
-    ends, sizes, subsets, names, total = [0], [], [], {}, 0
+    ends, sizes, subsets, total = [0], [], [], 0
+    names: dict[str, int] = {}
     progress = Progress(f"tokenise {folder.name}", limit)
     stream = iter(rows)
     with (folder / "tokens.bin").open("wb") as handle:
@@ -76,7 +77,7 @@ class Tokens:
     def documents(self) -> list[NDArray[np.int64]]:
         """Ids of each document, without its end-of-text."""
         ends = self.index["ends"]
-        return [self.ids[start : end - 1].astype(np.int64) for start, end in zip(ends, ends[1:], strict=False)]
+        return [self.ids[start : end - 1].astype(np.int64) for start, end in pairwise(ends)]
 
     def subset_names(self) -> list[str]:
         """Subset of each document."""

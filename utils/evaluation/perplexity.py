@@ -88,7 +88,9 @@ def by_document(tokens: Tokens, rows: Sequence[Row]) -> list[Row]:
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """{whole or subset: {loss (nats per token), perplexity, total_tokens, documents}}; token-weighted."""
-    groups = {"all": list(rows)} | {name: [row for row in rows if row["subset"] == name] for name in sorted({row["subset"] for row in rows})}
+    groups = {"all": list(rows)} | {
+        name: [row for row in rows if row["subset"] == name] for name in sorted({row["subset"] for row in rows})
+    }
     return {name: _summary(members) for name, members in groups.items() if members}
 
 
@@ -107,9 +109,9 @@ def unigram_nll(train: Tokens, test: Tokens, vocabulary: int) -> float:
     return float(-np.log(counts[seen] / counts.sum()).mean())
 
 
-
-
-def evaluate_model(model: PreTrainedModel, cut: Sequence[Window], spec: Evaluate, precision: str, path: Path, stop: Stop, label: str) -> list[Row]:
+def evaluate_model(
+    model: PreTrainedModel, cut: Sequence[Window], spec: Evaluate, precision: str, path: Path, stop: Stop, label: str
+) -> list[Row]:
     """Score all windows of one model, with resume; returns the rows {document, nll, tokens} of the finished file."""
     records, groups = Records(path), batches(cut, spec.batch_size)
     pending = list(records.pending(groups))

@@ -39,7 +39,7 @@ class Constraint:
     def parameters(self) -> list[Tensor]:
         """What the optimiser moves: V for softplus, W for projected. It must not be decayed (decay on V pulls W to ln 2)."""
         if self.spec.parametrisation == "softplus":
-            return [linear.parametrizations.weight.original for linear in self.linears.values()]  # type: ignore[union-attr]
+            return [linear.parametrizations.weight.original for linear in self.linears.values()]  # type: ignore[union-attr, misc]
         return [linear.weight for linear in self.linears.values()]
 
     @torch.no_grad()

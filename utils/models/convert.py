@@ -56,7 +56,7 @@ def recentre(model: PreTrainedModel, base: PreTrainedModel, calibration: Tensor)
     def correct(name: str) -> Callable[..., Tensor]:
         def hook(linear: nn.Linear, inputs: Any, output: Tensor) -> Tensor:
             shift = (targets[name] - _mean(output)).to(output.dtype)
-            linear.bias += shift
+            linear.bias.add_(shift)
             shifts[name] = float(shift.double().square().mean().sqrt())
             return output + shift
 
@@ -105,7 +105,7 @@ def convert_stored(
         "num_ffn_modules": len(certificate["matrices"]),
         "ffn_modules": sorted(certificate["matrices"]),
         "min_weight": certificate["minimum"],
-        "max_weight": max(float(linear.weight.max()) for linear in constrained_weights(model, spec.scope).values()),
+        "max_weight": max(float(linear.weight.detach().max()) for linear in constrained_weights(model, spec.scope).values()),
         "all_weights_non_negative": certificate["constraint_holds"],
         "ffn_monotone": certificate["ffn_monotone"],
         "validation_nll_before": mean_nll(original, held_out, config.training.micro_batch, config.compute.precision),

@@ -65,7 +65,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     state = {name: tensor for name, tensor in model.state_dict().items() if ".parametrizations." not in name}
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight"):
-            state[f"{name}.weight"] = module.weight.detach()  # type: ignore[union-attr]
+            state[f"{name}.weight"] = module.weight.detach()
     return state
 
 

@@ -33,9 +33,7 @@ class Study:
 
     @classmethod
     def load(cls, config: Experiment, inputs: Mapping[int, Mapping[str, Path]]) -> Study:
-        json = {
-            seed: {name: read_json(path) for name, path in paths.items() if path.suffix == ".json"} for seed, paths in inputs.items()
-        }
+        json = {seed: {name: read_json(path) for name, path in paths.items() if path.suffix == ".json"} for seed, paths in inputs.items()}
         rows = {
             name: pd.concat([pd.DataFrame(read_rows(paths[name])).assign(seed=seed) for seed, paths in inputs.items()], ignore_index=True)
             for name in ("evaluation_records", "hotflip_records", "uat_records", "baseline_metrics", "monotonic_metrics")

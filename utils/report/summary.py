@@ -157,14 +157,18 @@ def _robustness_lines(study: Study) -> list[str]:
             f"random {study.trigger_rise(model, 'random').value:.3f}   over neutral {interval(study.trigger_rise(model, model, 'neutral'))}"
         )
     reference = ", ".join(f"{model} {100 * study.reference_success(model):.1f} %" for model in ATTACKED)
-    lines.append(f"The reference's own criterion (own loss up by {100 * flips.reference_threshold:g} %, flipped tokens scored): {reference}")
+    lines.append(
+        f"The reference's own criterion (own loss up by {100 * flips.reference_threshold:g} %, flipped tokens scored): {reference}"
+    )
     lines.append("  It favours a model that is worse to begin with; it is printed for comparison only.")
     return lines
 
 
 def _finding_lines(study: Study) -> list[str]:
     findings = key_findings(study)
-    within = {True: "non-inferior", False: "not shown to be non-inferior", None: "without an interval"}[findings["non_inferior_within_margin"]]
+    within = {True: "non-inferior", False: "not shown to be non-inferior", None: "without an interval"}[
+        findings["non_inferior_within_margin"]
+    ]
     reduction = findings["hotflip_reduction_percent"]
     certificates = study.certificates.values()
     holds = all(stored["ffn_monotone"] for stored in certificates)
@@ -177,7 +181,11 @@ def _finding_lines(study: Study) -> list[str]:
         f"HotFlip: rise differs by {interval(study.flip_difference())} nats (monotonic minus baseline); more robust: "
         f"{findings['most_robust_hotflip']}.",
         "HotFlip success: "
-        + ("the baseline has none, so there is nothing to reduce." if reduction is None else f"{reduction:.1f} % lower (relative) than the baseline's."),
+        + (
+            "the baseline has none, so there is nothing to reduce."
+            if reduction is None
+            else f"{reduction:.1f} % lower (relative) than the baseline's."
+        ),
         f"Trigger: rise differs by {interval(study.trigger_difference())} nats; more robust: {findings['most_robust_uat']}.",
         f"Certificate: the feed-forward sublayers {'are' if holds else 'are NOT'} monotone in the weights that run.",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -29,7 +30,7 @@ def write_tables(study: Study, folder: Path) -> None:
             (aside / f"{name}.tex").write_text(latex, encoding="utf-8")
 
 
-def bounds(name: str, estimate: Estimate) -> dict[str, float | None]:
+def bounds(name: str, estimate: Estimate) -> dict[str, Any]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 

@@ -41,7 +41,7 @@ def published(path: Path) -> Iterator[Path]:
             sync(file)
         if aside.is_dir() and path.is_dir():
             shutil.rmtree(path)
-        os.replace(aside, path)
+        aside.replace(path)
         sync(path.parent)
     finally:
         remove(aside)
@@ -106,9 +106,7 @@ def value_digest(value: Any) -> str:
 
 def inventory(path: Path) -> dict[str, dict[str, Any]]:
     """{relative name: {sha256, bytes}} of a file (name ".") or of every file of a folder."""
-    return {
-        file.relative_to(path).as_posix(): {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in files_below(path)
-    }
+    return {file.relative_to(path).as_posix(): {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in files_below(path)}
 
 
 def damage(path: Path, expected: dict[str, dict[str, Any]]) -> str | None:

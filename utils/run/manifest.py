@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 def begin(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Note one more start in the folder; return the notes. The identity (stage, config, inputs) must agree with the one there."""
     path = folder / STARTED
-    notes = read_json(path) if path.exists() else {"identity": identity, "starts": []}
+    notes: dict[str, Any] = read_json(path) if path.exists() else {"identity": identity, "starts": []}
     notes["starts"].append({"at": now(), "code_revision": code_revision(), **host()})
     write_json(path, notes)
     return notes

@@ -115,9 +115,7 @@ def run_stage(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[St
         return FAILED
 
 
-def _run_locked(
-    stage: Stage, config: Experiment, seed: int, pipeline: Sequence[Stage], stop: Stop, folders: Folders, where: str
-) -> int:
+def _run_locked(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[Stage], stop: Stop, folders: Folders, where: str) -> int:
     folder = stage.folder(folders, seed)
     inputs, identity = _gather(stage, config, seed, pipeline, folders)
     _compare(stage, folder, identity)

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,13 @@ def train(run: Run) -> tuple[TrainState, Checkpoints]:
     optimizer = optim.build(run.model, run.constraint.parameters if run.constraint else [], run.spec)
     checkpoints = Checkpoints(run.state_folder, run.spec.keep_last)
     state = _resume(run, optimizer, checkpoints)
-    log = MetricsLog(run.metrics, state.metrics_bytes)
+    with closing(MetricsLog(run.metrics, state.metrics_bytes)) as log:
+        _train_on(run, optimizer, checkpoints, state, log)
+    return state, checkpoints
+
+
+def _train_on(run: Run, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints, state: TrainState, log: MetricsLog) -> None:
+    """Steps from `state.step` to the last one. Each validation is followed by a checkpoint, and so is a request to stop."""
     progress = Progress(run.label, run.spec.steps, state.step)
     began, earlier, note = time.monotonic(), state.seconds, ""
     while state.step < run.spec.steps:
@@ -96,7 +103,6 @@ def train(run: Run) -> tuple[TrainState, Checkpoints]:
         if stopping and not last:
             raise StoppedInTime(f"{run.stop.reason}, step {state.step} of {run.spec.steps}")
     progress.close()
-    return state, checkpoints
 
 
 def _resume(run: Run, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints) -> TrainState:
@@ -175,7 +181,9 @@ class MetricsLog:
         table = torch.stack([values for _, _, values in self.waiting]).tolist()
         for (step, rate, _), (loss, cross_entropy, divergence, norm) in zip(self.waiting, table, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise WorkFailed(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower the learning rate (now {rate:g}) and run again")
+                raise WorkFailed(
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}; lower the learning rate (now {rate:g}) and run again"
+                )
             self.write(
                 {
                     "step": step + 1,
@@ -192,6 +200,9 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         self.handle.write((json.dumps(row, allow_nan=False) + "\n").encode())
+
+    def close(self) -> None:
+        self.handle.close()
 
     def sync(self) -> int:
         """Bring the file to the disk; returns its size in bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from utils.models.loading import compute_dtype, device_of, load_model, save_mode
 from utils.run.artifacts import write_json
 from utils.run.errors import WorkFailed
 from utils.run.preemption import Stop
-from utils.training.loop import Run, read_metrics, train
 from utils.training.checkpoint import TrainState
+from utils.training.loop import Run, read_metrics, train
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,7 @@ def history(
     """The reference's training history and what it lacks: absolute nats, all starts' time, tokens."""
     steps, validations = read_metrics(run.metrics)
     bounds = [0, *(row["step"] for row in validations)]
-    means = [
-        sum(row["loss"] for row in steps[low:high]) / (high - low) for low, high in zip(bounds, bounds[1:], strict=False)
-    ]
+    means = [sum(row["loss"] for row in steps[low:high]) / (high - low) for low, high in pairwise(bounds)]
     best = next(row for row in validations if row["step"] == state.best_step)
     spec = config.training
     written: dict[str, Any] = {

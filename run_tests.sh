@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# bash run_tests.sh [quick|unit|integration|coverage|all] [pytest options]    (default: all)
+set -euo pipefail
+cd "$(dirname "$0")"
+. jobs/environment.sh
+
+kind=${1:-all}
+[ $# -gt 0 ] && shift
+case $kind in
+    quick | unit) options=(-m "not integration and not slurm") ;;
+    integration) options=(-m "integration and not slurm") ;;
+    coverage) options=(--cov --cov-report=term) ;;
+    all) options=() ;;
+    *)
+        echo "unknown kind of test '$kind'; expected quick, unit, integration, coverage or all" >&2
+        exit 2
+        ;;
+esac
+choose_python
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+"$PYTHON" -m pytest -rs "${options[@]+"${options[@]}"}" "$@"
+if [ "$kind" = coverage ]; then
+    echo "required: 95 % of all lines, 98 % of training, checkpoint, stage contract, constraints and attacks"
+    "$PYTHON" -m coverage report --skip-covered --fail-under=95 >/dev/null
+    "$PYTHON" -m coverage report --fail-under=98 --include='utils/training/*,utils/run/stage.py,utils/run/manifest.py,utils/models/constraints.py,utils/attacks/*'
+fi

@@ -200,7 +200,8 @@ class HotFlip(Section):
     batch_size: Positive = Field(8, description="texts attacked together")
     random_draws: Positive = Field(4, description="random-flip control: draws per text and number of flips")
     threshold_nats: Annotated[float, Field(gt=0)] = Field(
-        0.1, description="success: rise in nats per untouched token, common to all models"
+        0.2857,
+        description="success: rise in nats per untouched token, common to all models; 0.2857 = 15 % of Pythia-1.4B's 1.905 on the Pile",
     )
     reference_threshold: Annotated[float, Field(gt=0)] = Field(0.15, description="the reference's criterion: relative rise of the own loss")
     seed: Count = Field(0, description="of the random control; separate from the training seed")

@@ -1,0 +1,126 @@
+"""Kill -9 at random moments until a stage is done. `python -m tests.killing --config mini` does it with the real default."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.presets import load
+from configs.schema import Experiment
+from stages.pipeline import run_each, stages
+
+CLOCK = re.compile(r"time|seconds|tokens_per_second|resumed|code_revision")
+BOOKKEEPING = {"manifest.json", "started.json", ".lock"}
+
+
+def start(config: Experiment, number: int, output: Path) -> int:
+    """Fork a child that runs one stage; returns its process id. A fork spares the seconds that importing torch takes."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(sink, 1)
+            os.dup2(sink, 2)
+            sys.stdout = sys.stderr = os.fdopen(sink, "w", buffering=1)
+            code = run_each([stages()[number]], config, config.seeds, discard=False)
+        finally:
+            os._exit(code)
+    return child
+
+
+def killed_until_done(config: Experiment, number: int, seconds: float, kills: int, chance: random.Random, output: Path) -> int:
+    """Run a stage, killing it `kills` times at a uniform moment of its duration; returns how many kills hit it at work."""
+    hits = 0
+    for _ in range(kills):
+        child = start(config, number, output)
+        time.sleep(chance.uniform(0.0, seconds))
+        ended, _status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        hits += 1
+    _, status = os.waitpid(start(config, number, output), 0)
+    if status != 0:
+        raise RuntimeError(f"stage {number} ended with {os.waitstatus_to_exitcode(status)}:\n{output.read_text()[-2000:]}")
+    return hits
+
+
+def results(root: Path) -> dict[str, Any]:
+    """Everything a run produced, without clock times and bookkeeping: {relative path: bytes, or JSON without times}."""
+    found: dict[str, Any] = {}
+    for path in sorted(root.rglob("*")):
+        if not path.is_file() or path.name in BOOKKEEPING or "foundation_llm_cache" in path.parts:
+            continue
+        name = path.relative_to(root).as_posix()
+        if path.suffix == ".json":
+            found[name] = without_clock(json.loads(path.read_text()))
+        elif path.name == "experiment_summary.txt":
+            found[name] = [line for line in path.read_text().splitlines() if "time" not in line]
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def without_clock(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_clock(part) for key, part in value.items() if not CLOCK.search(key)}
+    return [without_clock(part) for part in value] if isinstance(value, list) else value
+
+
+def stage_seconds(root: Path) -> dict[int, float]:
+    """Seconds of each stage in an uninterrupted run below `root`."""
+    manifests = [json.loads(path.read_text()) for path in root.rglob("manifest.json") if "foundation_llm_cache" not in path.parts]
+    return {int(stored["identity"]["stage"].split("_")[1]): stored["seconds_of_last_start"] for stored in manifests}
+
+
+def differing(straight: dict[str, Any], interrupted: dict[str, Any]) -> list[str]:
+    return [name for name in sorted(straight.keys() | interrupted.keys()) if straight.get(name) != interrupted.get(name)]
+
+
+def place(root: Path) -> None:
+    os.environ["SCRATCH"], os.environ["PROJECT"] = str(root / "scratch"), str(root / "project")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="mini")
+    parser.add_argument("--passes", type=int, default=2, help="interrupted runs, each compared with one straight run")
+    parser.add_argument("--kills", type=int, default=3, help="kills of each stage")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    config, chance = load(options.config), random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        straight = Path(folder, "straight")
+        place(straight)
+        straight.mkdir()
+        for stage in stages():
+            killed_until_done(config, stage.number, 0.0, 0, chance, straight / "log")
+        (straight / "log").unlink()
+        expected, seconds, wrong = results(straight), stage_seconds(straight), 0
+        for turn in range(options.passes):
+            root = Path(folder, f"interrupted-{turn}")
+            root.mkdir()
+            place(root)
+            log = Path(folder, f"log-{turn}")
+            hits = [killed_until_done(config, stage.number, seconds[stage.number], options.kills, chance, log) for stage in stages()]
+            different = differing(expected, results(root))
+            wrong += len(different)
+            print(f"pass {turn + 1}: kills by stage {hits}, {len(expected)} files compared, different: {different or 'none'}", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

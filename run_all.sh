@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline. `bash run_all.sh --help` lists the options.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")"
 . jobs/environment.sh
 
@@ -19,6 +20,11 @@ bash run_all.sh [options]        run stages 0 to 7; what is complete is passed o
 TEXT
 }
 
+# Paths are those of the folder that the caller stands in.
+for name in SCRATCH PROJECT; do
+    case ${!name:-/} in /*) ;; *) export "$name=$caller/${!name}" ;; esac
+done
+
 command=run local_run=0 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -26,6 +32,10 @@ while [ $# -gt 0 ]; do
         --local) local_run=1 ;;
         --plan) command=plan ;;
         --status) command=status ;;
+        --config)
+            arguments+=(--config)
+            [ $# -gt 1 ] && shift && if [ -f "$caller/$1" ]; then arguments+=("$caller/$1"); else arguments+=("$1"); fi
+            ;;
         *) arguments+=("$1") ;;
     esac
     shift

@@ -22,13 +22,20 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number and refuses a key given twice."""
+    """Safe YAML that reads 1e-3 as a number, leaves dates as text, and refuses a key given twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way to be configured
+        first: [(tag, form) for tag, form in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise ConfigError(f"{node.start_mark.name}: key {key!r} is given twice in one section; keep one of them")
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice in one section; keep one of them", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -51,31 +58,35 @@ def load(preset: str, overrides: Iterable[str] = ()) -> Experiment:
         return Experiment.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         raise ConfigError(_explain(preset, error)) from None
-    except TypeError as error:
-        raise ConfigError(f"configuration {preset}: {error}; write it as a number or a quoted string") from None
+    except (TypeError, ValueError) as error:  # binary data, or a section that contains itself
+        raise ConfigError(f"configuration {preset!r} is refused: {error}; write plain sections, numbers and text") from None
 
 
 def _locate(preset: str) -> Path:
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
         near = difflib.get_close_matches(preset, preset_names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ConfigError(f"no preset {preset!r}: found no file {path}{hint} Shipped presets: {', '.join(preset_names())}")
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in below:
+        raise ConfigError(f"{path}: extends itself, by way of {', '.join(map(str, below))}; remove one `extends:`")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found {type(tree).__name__}, expected sections with keys")
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    base = _read(_locate(parent) if not str(parent).endswith(".yaml") else path.parent / parent)
-    return _merge(base, tree)
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends: found {parent!r}, expected the name or the file of one preset")
+    beside = str(path.parent / parent) if parent.endswith((".yaml", ".yml")) else parent
+    return _merge(_read(_locate(beside), (*below, path.resolve())), tree)
 
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, strict about types, without unknown keys."""
+    """A part of the configuration: immutable, strict about types, without unknown keys, infinity or NaN."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Paths(Section):
@@ -54,6 +54,10 @@ class Scratch(Section):
     def _check(self) -> Scratch:
         if self.hidden % self.heads:
             raise ValueError(f"heads={self.heads} does not divide hidden={self.hidden}")
+        if self.hidden // self.heads % 8:
+            raise ValueError(
+                f"hidden/heads={self.hidden // self.heads}, expected a multiple of 8 (a quarter of each head is rotated, in pairs)"
+            )
         if self.sequence_length > self.context:
             raise ValueError(f"sequence_length={self.sequence_length} exceeds context={self.context}")
         if self.vocabulary < 257:

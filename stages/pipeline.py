@@ -69,7 +69,8 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> None:
     try:
         config = experiment(options)
         if options.seed is not None and options.seed not in config.seeds:
-            config = config.model_copy(update={"seeds": (options.seed,)})
+            options.seeds = str(options.seed)
+            config = experiment(options)
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(REFUSED)

@@ -12,13 +12,13 @@ def run(ctx: Context) -> None:
     from utils.training.base import base_cache
     from utils.training.facts import setup_facts
 
-    tokens = token_cache(ctx.config, ctx.folders.cache)
+    tokens = token_cache(ctx.config, ctx.folders.cache, ctx.stop)
+    sets = write_attack_texts(Tokens(tokens / "tokens" / "attack"), ctx.config, ctx.write("attack_texts"))
     base = base_cache(ctx.config, ctx.folders.cache, tokens, ctx.stop)
     link_or_copy(tokens / "tokenizer", ctx.write("tokenizer"))
     for split in ("train", "validation", "test"):
         link_or_copy(tokens / "tokens" / split, ctx.write(f"{split}_tokens"))
     link_or_copy(base / "model", ctx.write("base_model"))
-    sets = write_attack_texts(Tokens(tokens / "tokens" / "attack"), ctx.config, ctx.write("attack_texts"))
     facts = setup_facts(ctx.config, ctx.seed, ctx.write("base_model"))
     origin = {"base_model_origin": read_json(base / "origin.json"), "splits": read_json(tokens / "counts.json"), "attack_sets": sets}
     write_json(ctx.write("setup"), facts | origin)

@@ -32,7 +32,7 @@ STAGE = Stage(
         "baseline_metrics": "metrics.jsonl",
         "baseline_history": "baseline_training_history.json",
     },
-    config_keys=("training", "baseline", "compute"),
+    config_keys=("training", "baseline", "data.sequence_length", "compute"),
     run=run,
 )
 

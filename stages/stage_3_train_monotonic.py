@@ -34,7 +34,7 @@ STAGE = Stage(
         "monotonic_history": "monotonic_training_history.json",
         "monotonic_certificate": "certificate.json",
     },
-    config_keys=("training", "monotonic", "monotone", "compute"),
+    config_keys=("training", "monotonic", "monotone", "data.sequence_length", "compute"),
     run=run,
 )
 

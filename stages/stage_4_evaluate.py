@@ -34,7 +34,7 @@ STAGE = Stage(
     purpose="measure the perplexity of all models on the same tokens",
     reads=(*MODELS.values(), "train_tokens", "test_tokens"),
     writes={"evaluation_records": "records.jsonl", "evaluation_results": "evaluation_results.json"},
-    config_keys=("evaluate", "compute"),
+    config_keys=("evaluate", "compute", "model.name"),
     run=run,
 )
 

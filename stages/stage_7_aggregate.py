@@ -48,7 +48,7 @@ STAGE = Stage(
         "figures": "figures",
         "resolved_config": "resolved_config.json",
     },
-    config_keys=("report", "hotflip.threshold_nats"),
+    config_keys=("report", "hotflip", "model.name"),
     run=run,
     every_seed=False,
 )

@@ -7,7 +7,6 @@ arXiv 1712.06751, scored the attacked input of a classifier; scoring flipped tok
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +22,9 @@ from utils.attacks.controls import random_flips
 from utils.attacks.scoring import Scorer, allowed_tokens, first_order_candidates
 from utils.data.attack_texts import read_attack_texts
 from utils.models.loading import device_of, load_model
-from utils.run.artifacts import write_text
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
-from utils.run.records import Records, Row, grouped, read_rows
+from utils.run.records import Records, Row, grouped, read_rows, write_rows
 
 UNIT = "nats per untouched token"
 
@@ -177,6 +175,6 @@ def attack_stored(
         mine = attack_model(model, name, sets["hotflip"], end_of_text, spec, config.compute.precision, state / f"{name}.jsonl", stop)
         rows += mine
         results[f"{name}_pythia"] = {**summarise(mine, spec), "model_name": name}
-    write_text(records, "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(records, rows)
     attack = {"num_flips": spec.flips, "num_samples": spec.texts, "success_threshold": spec.threshold_nats}
     return {"seed": seed, "attack_config": attack | spec.model_dump(mode="json"), "results": results, "loss_unit": UNIT}

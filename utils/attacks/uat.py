@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,10 +26,10 @@ from utils.attacks.scoring import Scorer, allowed_tokens, first_order_candidates
 from utils.data.attack_texts import read_attack_texts
 from utils.data.tokenizer import load_tokenizer
 from utils.models.loading import device_of, load_model
-from utils.run.artifacts import read_json, write_json, write_text
+from utils.run.artifacts import read_json, write_json
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
-from utils.run.records import Row
+from utils.run.records import Row, write_rows
 
 ADMITTED = 1e-6  # nats per token; a smaller gain is rounding
 
@@ -214,7 +213,7 @@ def attack_stored(
         for name, folder in models.items()
         for row in report_rows(load_model(folder, device), name, sets["report"], triggers, end_of_text, spec, precision)
     ]
-    write_text(records, "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(records, rows)
     results = {
         f"{name}_pythia": {
             "trigger_text": words.decode(search["trigger"], skip_special_tokens=False),

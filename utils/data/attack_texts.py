@@ -25,11 +25,16 @@ def wanted(config: Experiment) -> dict[str, tuple[int, int]]:
 
 
 def write_attack_texts(tokens: Tokens, config: Experiment, path: Path) -> dict[str, int]:
-    """Cut the first tokens of attack documents, one text a document, and no document in two sets. Returns the set sizes."""
-    stock = [
-        {"id": f"attack-{number}", "subset": subset, "ids": ids.tolist()}
-        for number, (ids, subset) in enumerate(zip(tokens.documents(), tokens.subset_names(), strict=True))
-    ]
+    """Cut the first tokens of attack documents, one text a document, and no document in two sets. Returns the set sizes.
+
+    Of documents that begin alike (copies, licence headers) only the first is used.
+    """
+    shortest = min(length for _, length in wanted(config).values())
+    distinct: dict[tuple[int, ...], Text] = {}
+    for number, (ids, subset) in enumerate(zip(tokens.documents(), tokens.subset_names(), strict=True)):
+        text = {"id": f"attack-{number}", "subset": subset, "ids": ids.tolist()}
+        distinct.setdefault(tuple(text["ids"][:shortest]), text)
+    stock = list(distinct.values())
     sets: dict[str, list[Text]] = {}
     for name, (count, length) in wanted(config).items():
         fitting = [text for text in stock if len(text["ids"]) >= length][:count]

@@ -80,7 +80,8 @@ def _sources(package: str) -> Iterator[tuple[Path, Path]]:
         root = Path(sysconfig.get_paths()["stdlib"])
     else:
         spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.submodule_search_locations, f"{package} has a version but no folder"
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(f"data.embedded.packages: {package!r} is a single module, expected a package; take it off the list")
         root = Path(next(iter(spec.submodule_search_locations)))
     for path in root.rglob("*.py"):
         if not SKIPPED.intersection(path.relative_to(root).parts):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,17 +84,38 @@ def existing(path: Path) -> Path:
 
 def pile_rows(path: Path) -> Iterator[tuple[str, str]]:
     """(text, pile_set_name) of each row of a .jsonl or .jsonl.zst file, read as a stream."""
+    try:
+        for number, line in enumerate(_lines(path), 1):
+            yield _row(line.decode(), f"{path}, line {number}")
+    except (zstandard.ZstdError, UnicodeDecodeError, EOFError) as error:
+        raise InputError(f"{path}: expected UTF-8 rows ({error}); the file is damaged or truncated, fetch it again") from None
+
+
+def _row(line: str, place: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+        text, subset = row["text"], (row.get("meta") or {}).get("pile_set_name", "unknown")
+        if isinstance(text, str) and isinstance(subset, str):
+            return text, subset
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f'{place}: found {line[:60]!r}, expected {{"text": ..., "meta": {{"pile_set_name": ...}}}}; repair or remove the line')
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines of a file, which may be zstandard frames. zstandard's own reader takes a truncated file for a complete one."""
     with path.open("rb") as raw:
-        stream = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-        try:
-            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
-                try:
-                    row = json.loads(line)
-                    yield row["text"], (row.get("meta") or {}).get("pile_set_name", "unknown")
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise InputError(
-                        f'{path}, line {number}: found {line[:60]!r}, expected {{"text": ..., "meta": {{"pile_set_name": ...}}}}; '
-                        "repair or remove the line"
-                    ) from None
-        except (zstandard.ZstdError, UnicodeDecodeError, EOFError) as error:
-            raise InputError(f"{path}: expected UTF-8 rows ({error}); the file is damaged or truncated, fetch it again") from None
+        if path.suffix != ".zst":
+            yield from raw
+            return
+        frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
+        while block := raw.read(1 << 18):
+            while block:
+                frame = zstandard.ZstdDecompressor().decompressobj() if frame.eof else frame
+                *whole, rest = (rest + frame.decompress(block)).split(b"\n")
+                yield from whole
+                block = frame.unused_data
+        if not frame.eof:
+            raise EOFError("the last frame is not complete")
+        if rest:
+            yield rest

@@ -15,9 +15,11 @@ from utils.data.tokenizer import fetch_tokenizer, load_tokenizer, save_tokenizer
 from utils.data.tokens import write_split
 from utils.run.artifacts import write_json
 from utils.run.cache import cached
+from utils.run.errors import InputError
+from utils.run.preemption import Stop
 
 
-def token_cache(config: Experiment, root: Path) -> Path:
+def token_cache(config: Experiment, root: Path, stop: Stop) -> Path:
     """Folder with tokenizer/, tokens/{test,attack,validation,train} and counts.json, built if it is not there."""
     shape, limits = config.model.scratch, _limits(config)
     identity: dict[str, Any] = {"train here": shape.vocabulary} if shape else {"name": config.model.name, "revision": config.model.revision}
@@ -31,7 +33,7 @@ def token_cache(config: Experiment, root: Path) -> Path:
             end_of_text = fetch_tokenizer(config.model.name, config.model.revision, target / "tokenizer")
         write_json(target / "counts.json", tokenise(config, target / "tokenizer", end_of_text, limits, target / "tokens"))
 
-    return cached(root, "tokens", description, build)
+    return cached(root, "tokens", description, build, stop)
 
 
 def _limits(config: Experiment) -> dict[str, list[int | None]]:
@@ -64,6 +66,8 @@ def tokenise(
         assert limit is not None
         counts[split] = write_split(target / split, fresh, load_tokenizer(tokenizer), end_of_text, limit, longest)
         counts[split]["duplicates"] = fresh.dropped
+        if counts[split]["tokens"] <= counts[split]["documents"]:  # end-of-text alone
+            raise InputError(f"data: found no text for the split {split!r}, expected at least one document; give more text (data.*)")
     return counts
 
 

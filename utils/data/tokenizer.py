@@ -39,6 +39,8 @@ def fetch_tokenizer(name: str, revision: str, folder: Path) -> int:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise InputError(f"model.name={name!r}, revision {revision!r}: no tokenizer found ({str(error).splitlines()[0]})") from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"model.name={name!r}: its tokenizer has no end-of-text token, expected one between documents; name another model")
     tokenizer.save_pretrained(folder)
     return tokenizer.eos_token_id
 

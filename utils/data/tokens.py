@@ -87,7 +87,8 @@ class Tokens:
 class PackedBatches:
     """Training sequences cut from the token stream, each predicting `length` tokens.
 
-    Neighbouring sequences share one token, so that every token but the first is predicted exactly once an epoch.
+    Neighbouring sequences share one token, so that every token but the first is predicted exactly once an epoch (the last
+    tokens, too few for a sequence, are left out).
     """
 
     def __init__(self, tokens: Tokens, length: int, seed: int) -> None:

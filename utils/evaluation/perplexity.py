@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from transformers import PreTrainedModel
 from configs.schema import Evaluate, Experiment
 from utils.data.tokens import Tokens
 from utils.models.loading import autocast, device_of, load_model
-from utils.run.artifacts import write_text
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
-from utils.run.records import Records, Row, grouped, read_rows
+from utils.run.records import Records, Row, grouped, read_rows, write_rows
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def evaluate_stored(
         rows += [{"model": name, **row} for row in documents]
         summary = summarise(documents)
         results[f"{name}_pythia"] = {**summary.pop("all"), "by_subset": summary}
-    write_text(records, "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(records, rows)
     unigram = unigram_nll(Tokens(train_tokens), test, model.config.vocab_size)
     return {
         "pile_test": results,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +21,7 @@ from utils.run.artifacts import published
 from utils.run.errors import InputError
 
 transformers_logging.disable_progress_bar()
+UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)  # what from_pretrained raises for a folder it cannot load
 
 
 def device_of(compute: Compute) -> torch.device:
@@ -44,20 +46,26 @@ def compute_dtype(compute: Compute) -> torch.dtype:
 def load_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load a model folder in fp32, ready to evaluate. Only safetensors are read, never a pickle."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
+        model = _read(folder, local_files_only=True)
+    except UNREADABLE as error:
         raise InputError(f"{folder}: expected a model folder with config.json and safetensors weights: {error}") from None
     return model.to(device).eval()
 
 
+def _read(source: Path | str, **options: Any) -> PreTrainedModel:
+    """from_pretrained, which alone would fill weights that the files lack with random numbers."""
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"the weights lack {missing[0]} ({len(missing)} in all)")
+    return model
+
+
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Write config.json and model.safetensors with the weights that run, which plain transformers loads."""
-    state = plain_state(model)
-    first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}  # tied weights are stored once
-    with published(folder) as aside:
-        aside.mkdir()
-        model.config.save_pretrained(aside)
-        save_tensors({name: tensor for name, tensor in state.items() if first[tensor.data_ptr()] == name}, aside / "model.safetensors")
+    """Write config.json and the weights that run as safetensors, under the published names, so that any tool loads them."""
+    with published(folder) as aside, disk_errors(folder):
+        model.save_pretrained(aside, state_dict=plain_state(model))
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -110,8 +118,8 @@ def scratch_model(shape: Scratch, end_of_text: int) -> PreTrainedModel:
 def fetch_pretrained(model: Model) -> tuple[PreTrainedModel, str]:
     """A published checkpoint (hub name or local folder) in fp32, and the commit it resolved to ('local' for a folder)."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model.name, revision=model.revision, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        loaded = _read(model.name, revision=model.revision)
+    except UNREADABLE as error:
         raise InputError(
             f"model.name={model.name!r}, revision {model.revision!r}: cannot be loaded as a causal LM with safetensors weights: "
             f"{str(error).splitlines()[0]}. Check name, network and access, or give a local folder"

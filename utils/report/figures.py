@@ -54,7 +54,8 @@ def robustness(study: Study) -> Figure:
     """Left: rise against the number of flips. Right: rise under HotFlip and under the own trigger, beside the controls."""
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
     for model in ATTACKED:
-        curves = np.array(study.flips[study.flips["model"] == model]["nll"].tolist())
+        texts = study.flips[study.flips["model"] == model].groupby("text")["nll"]
+        curves = np.stack([np.mean(losses.tolist(), axis=0) for _, losses in texts])  # seeds averaged by text, as in the tables
         rises = curves - curves[:, :1]
         half = 1.96 * rises.std(axis=0, ddof=1) / np.sqrt(len(rises)) if len(rises) > 1 else np.zeros(rises.shape[1])
         budget, middle = np.arange(rises.shape[1]), rises.mean(axis=0)

@@ -164,28 +164,38 @@ def _robustness_lines(study: Study) -> list[str]:
     return lines
 
 
+def _quality_line(study: Study) -> str:
+    verdict = study.nll_difference("monotonic", "baseline").verdict(
+        "the monotonic model is better than the baseline",
+        "the monotonic model is worse than the baseline",
+        "the monotonic model and the baseline are not distinguishable",
+    )
+    margin = f"at a margin of {study.config.report.margin_nats:g} nats"
+    shown = {True: f"non-inferior {margin}", False: f"not shown to be non-inferior {margin}", None: f"non-inferiority {margin} stays open"}
+    return f"Quality: {verdict}, perplexity {100 * (study.perplexity_ratio.value - 1):+.1f} %; {shown[study.non_inferior]}."
+
+
+def _success_line(study: Study) -> str:
+    before, after = study.flip_success("baseline"), study.flip_success("monotonic")
+    change = reduction_percent(before, after)
+    if change is None:
+        words = "the baseline has none, so there is nothing to reduce"
+    elif change == 0:
+        words = "no change"
+    else:
+        words = f"{abs(change):.1f} % {'lower' if change > 0 else 'higher'}, relatively"
+    return f"HotFlip success: {100 * before:.1f} % of the texts for the baseline, {100 * after:.1f} % for the monotonic model; {words}."
+
+
 def _finding_lines(study: Study) -> list[str]:
     findings = key_findings(study)
-    within = {True: "non-inferior", False: "not shown to be non-inferior", None: "without an interval"}[
-        findings["non_inferior_within_margin"]
-    ]
-    reduction = findings["hotflip_reduction_percent"]
     certificates = study.certificates.values()
     holds = all(stored["ffn_monotone"] for stored in certificates)
     lines = [
-        f"Quality: {findings['perplexity_verdict']} than the baseline by {100 * (study.perplexity_ratio.value - 1):+.1f} % perplexity; "
-        f"{within} at a margin of {findings['margin_nats']:g} nats."
-        if "not" not in findings["perplexity_verdict"]
-        else f"Quality: {findings['perplexity_verdict']} from the baseline ({100 * (study.perplexity_ratio.value - 1):+.1f} % perplexity); "
-        f"{within} at a margin of {findings['margin_nats']:g} nats.",
+        _quality_line(study),
         f"HotFlip: rise differs by {interval(study.flip_difference())} nats (monotonic minus baseline); more robust: "
         f"{findings['most_robust_hotflip']}.",
-        "HotFlip success: "
-        + (
-            "the baseline has none, so there is nothing to reduce."
-            if reduction is None
-            else f"{reduction:.1f} % lower (relative) than the baseline's."
-        ),
+        _success_line(study),
         f"Trigger: rise differs by {interval(study.trigger_difference())} nats; more robust: {findings['most_robust_uat']}.",
         f"Certificate: the feed-forward sublayers {'are' if holds else 'are NOT'} monotone in the weights that run.",
     ]

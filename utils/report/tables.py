@@ -26,7 +26,8 @@ def write_tables(study: Study, folder: Path) -> None:
         aside.mkdir()
         for name, table in tables.items():
             table.to_csv(aside / f"{name}.csv", index=False)
-            latex = table.rename(columns=lambda column: column.replace("_", " ")).to_latex(index=False, float_format="%.3f", escape=True)
+            named = table.rename(columns=lambda column: column.replace("_", " "))
+            latex = named.to_latex(index=False, float_format="%.3f", na_rep="--", escape=True)
             (aside / f"{name}.tex").write_text(latex, encoding="utf-8")
 
 

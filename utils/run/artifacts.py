@@ -43,6 +43,9 @@ def published(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         aside.replace(path)
         sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not say where
+        raise
     finally:
         remove(aside)
 
@@ -56,10 +59,9 @@ def remove(path: Path) -> None:
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`."""
-    if folder.is_dir():
-        for leftover in folder.glob(f"{TEMPORARY}*"):
-            remove(leftover)
+    """Remove what a killed process left half-written in `folder`, at any depth."""
+    for leftover in list(folder.rglob(f"{TEMPORARY}*")):
+        remove(leftover)
 
 
 def write_text(path: Path, text: str) -> None:

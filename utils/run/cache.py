@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from utils.run.artifacts import damage, inventory, published, read_json, remove, sweep_temporaries, value_digest, write_json
+from utils.run.errors import InputError
 from utils.run.lock import locked
+from utils.run.preemption import Stop
 
 
-def cached(root: Path, kind: str, description: dict[str, Any], build: Callable[[Path, Path], None]) -> Path:
+def cached(root: Path, kind: str, description: dict[str, Any], build: Callable[[Path, Path], None], stop: Stop) -> Path:
     """Return the folder that `build(target, state)` fills for this description.
 
     `state` survives an interrupted build, so that a long one can go on. A damaged entry is named and built again.
     """
     entry = root / f"{kind}-{value_digest(description)[:16]}"
     content, mark = entry / "content", entry / "manifest.json"
-    with locked(entry, wait=True):
+    with locked(entry, queue=stop):
         sweep_temporaries(entry)
         if mark.exists():
-            fault = damage(content, read_json(mark)["files"])
+            fault = _fault(content, mark)
             if fault is None:
                 return content
             print(f"  cache: {fault}; building it again")
@@ -31,3 +33,10 @@ def cached(root: Path, kind: str, description: dict[str, Any], build: Callable[[
         write_json(mark, {"description": description, "files": inventory(content)})
         remove(entry / "state")
     return content
+
+
+def _fault(content: Path, mark: Path) -> str | None:
+    try:
+        return damage(content, read_json(mark)["files"])
+    except (InputError, KeyError, TypeError, AttributeError) as error:
+        return f"{mark} is not readable ({error})"

@@ -23,9 +23,9 @@ class Folders:
         scratch = Path(os.environ.get("SCRATCH") or "runs")
         project = Path(os.environ.get("PROJECT") or ".")
         return cls(
-            work=(paths.work or scratch / "foundation_llm_work").resolve(),
-            results=(paths.results or project / "foundation_llm_final_results").resolve(),
-            cache=(paths.cache or scratch / "foundation_llm_cache").resolve(),
+            work=(paths.work or scratch / "foundation_llm_work").expanduser().resolve(),
+            results=(paths.results or project / "foundation_llm_final_results").expanduser().resolve(),
+            cache=(paths.cache or scratch / "foundation_llm_cache").expanduser().resolve(),
             run_name=run_name,
         )
 

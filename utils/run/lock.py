@@ -5,27 +5,44 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from utils.run.errors import InputError
+from utils.run.preemption import Stop
+
+POLL_SECONDS = 0.2
 
 
 @contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of `folder`. With `wait` queue for it, otherwise raise InputError that names the owner."""
+def locked(folder: Path, *, queue: Stop | None = None) -> Iterator[None]:
+    """Hold the lock of `folder`. If another process has it: with `queue` wait, unless asked to stop; otherwise raise InputError.
+
+    Both name the owner.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            owner = os.read(handle, 200).decode(errors="replace") or "another process"
-            raise InputError(f"{folder}: {owner} is at work here; wait for it to end or stop it, then run again") from None
+        if not _taken(handle):
+            owner = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
+            if queue is None:
+                raise InputError(f"{folder}: {owner} is at work here; wait for it to end or stop it, then run again")
+            print(f"  waiting for {owner}, which is at work in {folder}", flush=True)
+            while not _taken(handle):
+                queue.check()
+                time.sleep(POLL_SECONDS)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
         os.close(handle)
+
+
+def _taken(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ STARTED = "started.json"
 MANIFEST = "manifest.json"
 
 
-def begin(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def begin(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Note one more start in the folder; return the notes. The identity (stage, config, inputs) must agree with the one there."""
     path = folder / STARTED
     notes: dict[str, Any] = read_json(path) if path.exists() else {"identity": identity, "starts": []}
@@ -68,10 +68,13 @@ def digest_of(manifest: Mapping[str, Any], name: str) -> str:
     return value_digest(manifest["outputs"][name]["files"])
 
 
-def first_damage(folder: Path, manifest: Mapping[str, Any], name: str | None = None) -> str | None:
-    """What is wrong with one output (or any), in words; None if intact."""
-    for key, facts in manifest["outputs"].items():
-        if name in (None, key) and (fault := damage(folder / facts["path"], facts["files"])):
+def first_damage(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """What is wrong with the named outputs, in words; None if all are intact."""
+    for name in names:
+        facts = manifest["outputs"].get(name)
+        if facts is None:
+            return f"{folder / MANIFEST} lists no output {name!r}"
+        if fault := damage(folder / facts["path"], facts["files"]):
             return fault
     return None
 

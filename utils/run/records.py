@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from utils.run.artifacts import write_text
 from utils.run.errors import InputError
 
 Row = dict[str, Any]
@@ -22,6 +23,15 @@ def read_rows(path: Path) -> list[Row]:
         except ValueError:
             raise InputError(f"{path}, line {number}: found {line[:60]!r}, expected a JSON object; run its stage again") from None
     return rows
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a complete file at once. NaN and infinity raise ValueError."""
+    write_text(path, "".join(map(_line, rows)))
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 class Records:
@@ -47,7 +57,7 @@ class Records:
         yield from groups[done:]
 
     def append(self, rows: Iterable[Row]) -> None:
-        text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(map(_line, rows))
         with self.path.open("ab") as handle:
             handle.write(text.encode())
 

@@ -22,7 +22,10 @@ from utils.run.lock import locked
 from utils.run.preemption import Stop
 from utils.run.progress import duration
 
-DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EEXIST}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE}
+NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,21 @@ def run_stage(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[St
     folder = stage.folder(folders, seed)
     try:
         with locked(folder):
-            if discard and (reason := _unusable(stage, config, seed, pipeline, folders)):
+            inputs, identity = _gather(stage, config, seed, pipeline, folders)
+            context = Context(config, folders, seed, folder, stage.writes, inputs, stop, identity)
+            reason = _unusable(stage, context)
+            if reason is None:
+                return _work(stage, context, where)
+            if _outdated_summary(stage, context):
+                print(f"[{where}] the inputs changed; the earlier results are kept in {set_aside(folder)}")
+            elif discard:
                 print(f"[{where}] {reason}\n  moved to {set_aside(folder)}")
-        with locked(folder):
-            return _run_locked(stage, config, seed, pipeline, stop, folders, where)
+            else:
+                raise InputError(reason)
+        with locked(folder):  # once more: the lock went away with the old folder
+            if reason := _unusable(stage, context):
+                raise InputError(reason)
+            return _work(stage, context, where)
     except InputError as error:
         print(f"[{where}] refused: {error}", file=sys.stderr)
         return REFUSED
@@ -115,19 +129,17 @@ def run_stage(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[St
         return FAILED
 
 
-def _run_locked(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[Stage], stop: Stop, folders: Folders, where: str) -> int:
-    folder = stage.folder(folders, seed)
-    inputs, identity = _gather(stage, config, seed, pipeline, folders)
-    _compare(stage, folder, identity)
-    context = Context(config, folders, seed, folder, stage.writes, inputs, stop, identity)
+def _work(stage: Stage, context: Context, where: str) -> int:
+    """Do the stage's work in a locked folder that holds this work or none, unless it is complete."""
+    folder = context.folder
     if manifest.completed(folder):
         remove(context.state)
         print(f"[{where}] already complete: {folder}")
         return DONE
     print(f"[{where}] {stage.purpose}", flush=True)
     began = time.monotonic()
-    stop.check()
-    notes = manifest.begin(folder, identity)
+    context.stop.check()
+    notes = manifest.begin(folder, context.identity)
     _warn_of_changed_code(notes)
     sweep_temporaries(folder)
     stage.run(context)
@@ -154,42 +166,58 @@ def _gather(
             done = manifest.completed(origin)
             if done is None:
                 raise InputError(f"the input {name!r} is missing: {origin / source.writes[name]} is not complete; {again}")
-            if fault := manifest.first_damage(origin, done, name):
+            if changed := manifest.differences(done["identity"]["config"], _chosen(source, config)):
+                raise InputError(
+                    f"the input {name!r} was made by another configuration in {origin}. Different (there -> asked for):\n    "
+                    + "\n    ".join(changed)
+                    + f"\n  Give this run another name (--run-name NAME), or {again.removesuffix(' first')} again with --discard."
+                )
+            if fault := manifest.first_damage(origin, done, [name]):
                 raise InputError(f"the input {name!r} is damaged: {fault}; {again.removesuffix(' first')} again with --discard")
             inputs[one][name] = origin / source.writes[name]
             digests[f"seed {one}: {name}" if not stage.every_seed else name] = manifest.digest_of(done, name)
-    settings = config.model_dump(mode="json")
-    chosen = {key: reduce(getitem, key.split("."), settings) for key in stage.config_keys}
-    identity = {"stage": stage.label, "version": stage.version, "config": chosen, "inputs": digests}
+    identity = {"stage": stage.label, "version": stage.version, "config": _chosen(stage, config), "inputs": digests}
     if stage.every_seed:
         identity["seed"] = seed
     return inputs, identity
 
 
-def _compare(stage: Stage, folder: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds other work. A summary over seeds is redone when only its inputs changed; the old one is kept."""
-    there = manifest.started(folder)
-    if there is not None and (changed := manifest.differences(there["identity"], identity)):
-        if not stage.every_seed and all(line.startswith("inputs.") for line in changed):
-            print(f"  the inputs changed; the earlier results are kept in {set_aside(folder)}")
-            return
-        raise InputError(
+def _chosen(stage: Stage, config: Experiment) -> dict[str, Any]:
+    """The part of the configuration on which the stage's outputs depend."""
+    settings = config.model_dump(mode="json")
+    return {key: reduce(getitem, key.split("."), settings) for key in stage.config_keys}
+
+
+def _unusable(stage: Stage, context: Context) -> str | None:
+    """Why the stage's folder cannot be gone on with, and what to do; None if it can."""
+    folder = context.folder
+    try:
+        done = manifest.completed(folder)
+        there = manifest.started(folder) or done
+    except InputError as error:
+        return f"{error}\n  Or move the whole folder aside and start afresh (--discard)."
+    if there is None:
+        left = [path for path in (context.state, *map(context.write, stage.writes)) if path.exists()]
+        return (
+            f"{left[0]} is there, but no {manifest.STARTED} says what it was made from. Move its folder aside (--discard)."
+            if left
+            else None
+        )
+    if changed := manifest.differences(there["identity"], context.identity):
+        return (
             f"{folder} holds another experiment. Different (there -> asked for):\n    " + "\n    ".join(changed) + "\n  "
             "Give this one another name (--run-name NAME), or move the old folder aside and start afresh (--discard)."
         )
-    done = manifest.completed(folder)
-    if done and (fault := manifest.first_damage(folder, done)):
-        raise InputError(f"a complete stage was damaged: {fault}. Move its folder aside and make it again with --discard.")
-
-
-def _unusable(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[Stage], folders: Folders) -> str | None:
-    """Why the stage's folder cannot be gone on with, or None. Missing inputs are another matter and raise."""
-    _, identity = _gather(stage, config, seed, pipeline, folders)
-    try:
-        _compare(stage, stage.folder(folders, seed), identity)
-    except InputError as error:
-        return str(error)
+    if done and (fault := manifest.first_damage(folder, done, stage.writes)):
+        return f"a complete stage was damaged: {fault}. Move its folder aside and make it again with --discard."
     return None
+
+
+def _outdated_summary(stage: Stage, context: Context) -> bool:
+    """A summary over seeds is redone without asking when only its inputs changed."""
+    there = None if stage.every_seed else manifest.started(context.folder)
+    changed = manifest.differences(there["identity"], context.identity) if there else []
+    return bool(changed) and all(line.startswith("inputs.") for line in changed)
 
 
 def set_aside(folder: Path) -> Path:

@@ -29,7 +29,7 @@ def base_cache(config: Experiment, root: Path, tokens: Path, stop: Stop) -> Path
             save_model(model, target / "model")
             write_json(target / "origin.json", {"name": config.model.name, "commit": commit})
 
-    return cached(root, "base", description, build)
+    return cached(root, "base", description, build, stop)
 
 
 def pretrain(config: Experiment, shape: Scratch, tokens: Path, target: Path, state: Path, stop: Stop) -> None:

@@ -152,7 +152,7 @@ def _losses(run: Run, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _validated(run: Run, state: TrainState, log: MetricsLog) -> str:
     nll = mean_nll(run.model, run.validation.all_sequences(), run.spec.micro_batch, run.precision)
     if not math.isfinite(nll):
-        raise WorkFailed(f"{run.label}: the validation loss is {nll}; lower the learning rate (now {run.peak_rate:g})")
+        raise WorkFailed(f"step {state.step}: the validation loss is {nll}; lower the learning rate (now {run.peak_rate:g}) and run again")
     if state.best_nll is None or nll < state.best_nll:
         state.best_nll, state.best_step = nll, state.step
     log.write({"step": state.step, "validation_nll": nll, "validation_perplexity": math.exp(min(nll, 700.0))})
@@ -165,10 +165,10 @@ class MetricsLog:
     def __init__(self, path: Path, size: int) -> None:
         self.waiting: list[tuple[int, float, Tensor]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.handle = path.open("ab")
-        found = path.stat().st_size
+        found = path.stat().st_size if path.exists() else 0
         if found < size:
             raise InputError(f"{path}: found {found} bytes, expected at least {size}; it was cut, start the stage again with --discard")
+        self.handle = path.open("ab")
         self.handle.truncate(size)
 
     def add(self, step: int, rate: float, values: Tensor) -> None:

@@ -1,0 +1,56 @@
+"""Small models and token folders, made by hand for the tests of several modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
+
+from utils.data.tokens import Tokens
+from utils.run.artifacts import write_json
+
+VOCABULARY = 97
+
+
+def small_model(seed: int = 0, *, scale: float = 0.3, tied: bool = False) -> PreTrainedModel:
+    """A GPT-NeoX model with weights large enough that every token of the context matters."""
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+        tie_word_embeddings=tied,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1))
+    return model
+
+
+def token_folder(folder: Path, documents: Sequence[Sequence[int]], subsets: Sequence[str] | None = None) -> Tokens:
+    """A split on disk whose documents have these ids (end-of-text is 0, a document counts ten bytes a token)."""
+    names = list(subsets or ["prose"] * len(documents))
+    order = sorted(set(names))
+    ids = np.array([token for document in documents for token in (*document, 0)], dtype="<u2")
+    folder.mkdir(parents=True)
+    (folder / "tokens.bin").write_bytes(ids.tobytes())
+    index = {
+        "dtype": "<u2",
+        "end_of_text": 0,
+        "ends": [0, *np.cumsum([len(document) + 1 for document in documents]).tolist()],
+        "bytes": [10 * len(document) for document in documents],
+        "subset": [order.index(name) for name in names],
+        "subsets": order,
+    }
+    write_json(folder / "index.json", index)
+    return Tokens(folder)

@@ -1,0 +1,134 @@
+"""Conversion: what is changed, what is not, and means that equal the base's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from configs.schema import Experiment, Monotone
+from tests.builders import VOCABULARY, small_model, token_folder
+from utils.data.tokens import Tokens
+from utils.models import convert as convert_module
+from utils.models.certificate import certify
+from utils.models.convert import convert, convert_stored
+from utils.models.loading import load_model, save_model
+from utils.run.errors import WorkFailed
+
+CALIBRATION = torch.randint(0, VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(0))
+MAPS = [f"gpt_neox.layers.{layer}.mlp.{part}" for layer in range(2) for part in ("dense_h_to_4h", "dense_4h_to_h")]
+
+
+def means(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Mean output of every feed-forward map over the tokens, each sequence run alone and summed in fp64."""
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in MAPS}
+
+    def add(name: str) -> object:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+            for row in output.reshape(-1, output.shape[-1]):
+                sums[name] = sums[name] + row.double()
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(add(name)) for name in MAPS]
+    with torch.no_grad():
+        for sequence in ids:
+            model(sequence[None])
+    for handle in handles:
+        handle.remove()
+    return {name: total / ids.numel() for name, total in sums.items()}
+
+
+def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    return max(float((first[name] - second[name]).abs().max()) for name in MAPS)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"activation": "clamped_gelu", "start": "abs"}, {"scope": "mlp_in", "parametrisation": "softplus"}]
+)
+def test_recentred_means_equal_the_base_ones(options: dict) -> None:
+    base = small_model()
+    model, log = convert(base, Monotone.model_validate(options), CALIBRATION)
+    assert difference(means(model, CALIBRATION), means(base, CALIBRATION)) < 1e-5
+    plain, plain_log = convert(base, Monotone.model_validate({**options, "recentre": False}), CALIBRATION)
+    assert difference(means(plain, CALIBRATION), means(base, CALIBRATION)) > 0.1
+    assert set(log) == {"negative_share_before", "bias_shift"} and set(plain_log) == {"negative_share_before"}
+    biases = {name: (model.get_submodule(name).bias - plain.get_submodule(name).bias).detach() for name in MAPS}
+    shifts = {name.replace("dense_h_to_4h", "in").replace("dense_4h_to_h", "out"): bias for name, bias in biases.items()}
+    assert log["bias_shift"] == pytest.approx(
+        {name: float(bias.double().square().mean().sqrt()) for name, bias in shifts.items()}, rel=1e-4
+    )
+
+
+def test_means_are_recentred_exactly_in_fp64() -> None:
+    base = small_model().double()
+    model, _ = convert(base, Monotone(), CALIBRATION)
+    assert difference(means(model, CALIBRATION), means(base, CALIBRATION)) < 1e-12
+
+
+def test_the_base_is_left_alone_and_so_is_what_is_out_of_scope() -> None:
+    base = small_model()
+    model, _ = convert(base, Monotone(scope="mlp_in", recentre=False), CALIBRATION)
+    original = small_model().state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in base.state_dict().items())
+    assert base.config.hidden_act == "gelu" and model.config.hidden_act == "relu"
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, original[name])}
+    assert changed == {f"gpt_neox.layers.{layer}.mlp.dense_h_to_4h.weight" for layer in range(2)}
+
+
+def test_a_model_within_the_constraint_is_not_changed() -> None:
+    model, _ = convert(small_model(), Monotone(activation="keep"), CALIBRATION)
+    again, log = convert(model, Monotone(activation="keep"), CALIBRATION)
+    assert set(log["negative_share_before"].values()) == {0.0}
+    assert max(log["bias_shift"].values()) < 1e-6
+    state = model.state_dict()
+    assert all(torch.allclose(tensor, state[name], atol=1e-5) for name, tensor in again.state_dict().items())
+
+
+def test_hooks_are_removed_even_after_an_error() -> None:
+    base, model = small_model(), small_model()
+    with pytest.raises(IndexError):
+        convert_module.recentre(model, base, torch.full((1, 4), VOCABULARY))
+    assert not any(module._forward_hooks for network in (base, model) for module in network.modules())
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> dict[str, Path]:
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 40), ("validation", 4)):
+        token_folder(tmp_path / name, draw.integers(1, VOCABULARY, (count, 50)).tolist())
+    save_model(small_model(), tmp_path / "base")
+    named = {"base": "base", "train_tokens": "train", "validation_tokens": "validation", "target": "target"}
+    return {key: tmp_path / name for key, name in named.items()}
+
+
+def test_a_stored_model_is_converted_certified_and_logged(stored: dict[str, Path], tiny: Experiment) -> None:
+    log, certificate = convert_stored(tiny, 42, **stored)
+    base, model = load_model(stored["base"]), load_model(stored["target"])
+    assert certificate == certify(model, "mlp_both", torch.float32) and certificate["ffn_monotone"]
+    entries = [model.get_submodule(name).weight.detach() for name in MAPS]
+    assert log["min_weight"] == min(float(weight.min()) for weight in entries) == 0
+    assert log["max_weight"] == max(float(weight.max()) for weight in entries)
+    assert log["num_parameters_before"] == log["num_parameters_after"] == sum(p.numel() for p in base.parameters())
+    assert log["ffn_parameters"] == 2 * 2 * 16 * 24 and log["num_ffn_modules"] == 4 and log["ffn_modules"] == sorted(MAPS)
+    assert log["ffn_percentage"] == 100 * log["ffn_parameters"] / log["num_parameters_before"]
+    assert log["all_weights_non_negative"] and log["ffn_monotone"] and log["seed"] == 42
+    stream = Tokens(stored["validation_tokens"]).ids.astype(np.int64)
+    held_out = torch.from_numpy(np.stack([stream[start : start + 33] for start in range(0, len(stream) - 32, 32)]))
+    for network, key in ((base, "validation_nll_before"), (model, "validation_nll_after")):
+        with torch.no_grad():
+            losses = nn.functional.cross_entropy(network(held_out[:, :-1]).logits.flatten(0, 1), held_out[:, 1:].flatten())
+        assert log[key] == pytest.approx(float(losses), rel=1e-5)
+
+
+def test_a_base_with_nan_is_not_passed_on(stored: dict[str, Path], tiny: Experiment) -> None:
+    broken = small_model()
+    with torch.no_grad():
+        broken.get_submodule(MAPS[1]).weight[0, 0] = float("nan")
+    save_model(broken, stored["base"])
+    with pytest.raises(WorkFailed, match=r"the converted model has negative constrained entries; check the base model .*base for NaN"):
+        convert_stored(tiny, 42, **stored)

@@ -1,0 +1,75 @@
+"""Every command of the README runs. Whole runs take the tiny experiment in place of the default, to be done in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from stages.__main__ import main
+from stages.pipeline import stages
+from tests.conftest import TINY
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
+OF_RUNS = [command for command in COMMANDS if command.startswith("bash run_all.sh")]
+
+
+def final(root: Path, run: str) -> dict:
+    return json.loads((root / "project" / "foundation_llm_final_results" / run / "final_results.json").read_text())
+
+
+def test_readme_names_the_known_commands() -> None:
+    rest = [command for command in COMMANDS if command not in OF_RUNS]
+    assert rest == ["bash run_tests.sh", ".venv/bin/python -m stages.stage_3_train_monotonic --config mini --seed 42"]
+
+
+@pytest.mark.parametrize("option", ["--help", "--plan", "--status"])
+def test_information(option: str) -> None:
+    assert f"bash run_all.sh {option}" in OF_RUNS
+    shown = subprocess.run(["bash", "run_all.sh", option], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {"--help": "--discard", "--plan": "7 aggregate", "--status": "stage 7 aggregate"}[option] in shown.stdout
+    assert shown.stderr == ""
+
+
+def test_first_command_without_sbatch(own_folders: Path) -> None:
+    assert OF_RUNS[0] == "bash run_all.sh"
+    environment = {name: value for name, value in os.environ.items() if name != "PATH"} | {"PATH": _path_without("sbatch")}
+    command = ["bash", "run_all.sh", "--config", TINY]
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert "no sbatch on the PATH" in shown.stdout and "experiment_summary.txt" in shown.stdout
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert again.stdout.count("already complete") == len(stages())
+
+
+def _path_without(program: str) -> str:
+    return os.pathsep.join(folder for folder in os.environ["PATH"].split(os.pathsep) if not Path(folder, program).exists())
+
+
+def test_softplus_run(own_folders: Path) -> None:
+    (command,) = [command for command in OF_RUNS if "softplus" in command]
+    assert main(["run", "--config", TINY, *shlex.split(command)[2:]]) == 0
+    assert final(own_folders, "softplus")["certificate"]["42"]["ffn_monotone"] is True
+
+
+def test_run_of_two_seeds(own_folders: Path) -> None:
+    (command,) = [command for command in OF_RUNS if "--seeds" in command]
+    assert main(["run", "--config", TINY, *shlex.split(command)[2:]]) == 0
+    findings = final(own_folders, "two-seeds")["key_findings"]
+    assert set(findings["perplexity_ratio_by_seed"]) == {"42", "1337"}
+
+
+def test_presets_named_in_the_readme_exist() -> None:
+    named = [word for command in OF_RUNS for flag, word in zip(command.split(), command.split()[1:], strict=False) if flag == "--config"]
+    assert all((ROOT / "configs" / f"{name}.yaml").is_file() for name in named)
+
+
+def test_places_named_in_the_readme_exist() -> None:
+    places = [line.split("`")[1] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    assert len(places) > 10 and all((ROOT / place).exists() for place in places), places

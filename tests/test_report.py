@@ -1,0 +1,326 @@
+"""The report of a finished run: numbers by hand from its records, words that follow from edited records, files that open."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+
+from configs.schema import Experiment
+from stages.pipeline import stages
+from stages.stage_7_aggregate import RECORDS
+from utils.report.figures import write_figures
+from utils.report.statistics import Estimate
+from utils.report.study import ATTACKED, MODELS, Study
+from utils.report.summary import final_results, interval, key_findings, summary_text
+from utils.report.tables import write_tables
+from utils.run.artifacts import write_json
+from utils.run.stage import producer
+
+pytestmark = pytest.mark.integration
+SECTIONS = ["TRAINING SUMMARY", "PERPLEXITY EVALUATION", "ADVERSARIAL ROBUSTNESS", "KEY FINDINGS", "PAPER INTEGRATION (Table 7)"]
+Load = Callable[..., Study]
+
+
+@pytest.fixture(scope="module")
+def inputs(finished: Path) -> dict[str, Path]:
+    sources = {name: producer(stages(), name) for name in RECORDS}
+    work = finished / "scratch" / "foundation_llm_work" / "tiny" / "seed_42"
+    return {name: work / source.label / source.writes[name] for name, source in sources.items()}
+
+
+@pytest.fixture
+def study(tiny: Experiment, inputs: dict[str, Path]) -> Study:
+    return Study.load(tiny, {42: inputs})
+
+
+def of(frame: pd.DataFrame, model: str, column: str) -> list[Any]:
+    return frame[frame["model"] == model][column].tolist()
+
+
+def with_losses(study: Study, gap: float) -> Study:
+    """Monotonic's loss of every document is the baseline's plus `gap` nats per token, and a little that differs."""
+    documents = study.documents.copy()
+    ours = documents["model"] == "monotonic"
+    tokens = documents.loc[ours, "tokens"].to_numpy()
+    noise = 1e-3 * np.cos(np.arange(len(tokens))) if gap else 0.0
+    documents.loc[ours, "nll"] = np.array(of(documents, "baseline", "nll")) + (gap + noise) * tokens
+    return replace(study, documents=documents)
+
+
+def with_rises(study: Study, baseline: list[float], monotonic: list[float]) -> Study:
+    flips = study.flips.copy()
+    for model, rises in (("baseline", baseline), ("monotonic", monotonic)):
+        flips.loc[flips["model"] == model, "rise"] = rises
+    return replace(study, flips=flips)
+
+
+def with_trigger_gap(study: Study, gap: float) -> Study:
+    """Every text's rise under the own trigger is larger by `gap` on the monotonic model."""
+    triggers = study.triggers.copy()
+    for number, text in enumerate(triggers["text"].unique()):
+        for model, rise in (("baseline", 0.3), ("monotonic", 0.3 + gap + 0.001 * number * (gap != 0))):
+            mine = (triggers["text"] == text) & (triggers["model"] == model)
+            clean = triggers.loc[mine & (triggers["trigger"] == "clean"), "nll"].item()
+            triggers.loc[mine & (triggers["trigger"] == model), "nll"] = clean + rise
+    return replace(study, triggers=triggers)
+
+
+def with_seeds(study: Study) -> Study:
+    """A second seed whose monotonic model is worse by half a nat per token, and which resists less."""
+    documents, flips, triggers, steps = (frame.assign(seed=43) for frame in (study.documents, study.flips, study.triggers, study.steps))
+    ours = documents["model"] == "monotonic"
+    documents.loc[ours, "nll"] += 0.5 * documents.loc[ours, "tokens"]
+    flips["rise"] += 1.0
+    frames = [
+        pd.concat(pair, ignore_index=True)
+        for pair in ((study.documents, documents), (study.flips, flips), (study.triggers, triggers), (study.steps, steps))
+    ]
+    names = ("documents", "flips", "triggers", "steps")
+    return replace(study, json={42: study.json[42], 43: study.json[42]}, **dict(zip(names, frames, strict=True)))
+
+
+def with_one(study: Study) -> Study:
+    """One document, one attacked text."""
+    return replace(
+        study,
+        documents=study.documents[study.documents["document"] == study.documents["document"].iloc[0]],
+        flips=study.flips[study.flips["text"] == study.flips["text"].iloc[0]],
+        triggers=study.triggers[study.triggers["text"] == study.triggers["text"].iloc[0]],
+    )
+
+
+def findings(study: Study) -> list[str]:
+    text = summary_text(study)
+    return text[text.index("KEY FINDINGS") : text.index("PAPER INTEGRATION")].splitlines()[2:]
+
+
+def finding(study: Study, start: str) -> str:
+    (line,) = (line for line in findings(study) if line.startswith(start))
+    return line
+
+
+def test_losses_by_hand(study: Study, inputs: dict[str, Path]) -> None:
+    """Sums over the stored lines, without pandas."""
+    rows = [json.loads(line) for line in inputs["evaluation_records"].read_text().splitlines()]
+    for model in MODELS:
+        mine = [row for row in rows if row["model"] == model]
+        expected = sum(row["nll"] for row in mine) / sum(row["tokens"] for row in mine)
+        assert study.nll(model).value == pytest.approx(expected)
+        stored = study.json[42]["evaluation_results"]["pile_test"][f"{model}_pythia"]
+        assert stored["loss"] == pytest.approx(expected)
+    gap = study.nll("monotonic").value - study.nll("baseline").value
+    assert study.nll_difference("monotonic", "baseline").value == pytest.approx(gap)
+    assert study.perplexity_ratio.value == pytest.approx(math.exp(gap))
+    assert study.per_seed_ratio("monotonic", "baseline") == {42: pytest.approx(math.exp(gap))}
+
+
+def test_rises_by_hand(study: Study, inputs: dict[str, Path], tiny: Experiment) -> None:
+    flips = [json.loads(line) for line in inputs["hotflip_records"].read_text().splitlines()]
+    triggers = [json.loads(line) for line in inputs["uat_records"].read_text().splitlines()]
+    for model in ATTACKED:
+        mine = [row for row in flips if row["model"] == model]
+        rises = [row["nll"][-1] - row["nll"][0] for row in mine]
+        assert study.flip_rise(model).value == pytest.approx(np.mean(rises))
+        assert study.flip_rise(model, "random_rise").value == pytest.approx(np.mean([np.mean(r["random_nll"]) - r["nll"][0] for r in mine]))
+        assert study.flip_success(model) == np.mean([rise > tiny.hotflip.threshold_nats for rise in rises])
+        relative = [row["reference_attacked"] / row["reference_clean"] - 1 for row in mine]
+        assert study.reference_success(model) == np.mean([each > tiny.hotflip.reference_threshold for each in relative])
+        losses = {kind: [row["nll"] for row in triggers if (row["model"], row["trigger"]) == (model, kind)] for kind in ("clean", model)}
+        assert study.trigger_rise(model, model).value == pytest.approx(np.mean(losses[model]) - np.mean(losses["clean"]))
+        drawn = [row["nll"] for row in triggers if row["model"] == model and row["trigger"].startswith("random_")]
+        assert study.trigger_rise(model, "random").value == pytest.approx(np.mean(drawn) - np.mean(losses["clean"]))
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [
+        (-0.1, "the monotonic model is better than the baseline, perplexity -9.5 %; non-inferior at a margin of 0.0677 nats."),
+        (0.03, "the monotonic model is worse than the baseline, perplexity +3.0 %; non-inferior at a margin of 0.0677 nats."),
+        (0.5, "the monotonic model is worse than the baseline, perplexity +64.9 %; not shown to be non-inferior at a margin"),
+        (0.0, "the monotonic model and the baseline are not distinguishable, perplexity +0.0 %; non-inferior at a margin"),
+    ],
+)
+def test_quality_in_words(study: Study, gap: float, words: str) -> None:
+    assert finding(with_losses(study, gap), "Quality: ").startswith(f"Quality: {words}")
+
+
+@pytest.mark.parametrize(("gap", "more_robust"), [(-0.2, "monotonic"), (0.2, "baseline"), (0.0, "not distinguishable")])
+def test_more_robust_follows_from_the_records(study: Study, gap: float, more_robust: str) -> None:
+    """The reference printed a constant."""
+    flips = with_rises(study, [0.30, 0.31, 0.35, 0.29, 0.33, 0.30], [each + gap for each in (0.30, 0.31, 0.35, 0.29, 0.33, 0.30)])
+    assert finding(flips, "HotFlip: rise").endswith(f"more robust: {more_robust}.")
+    assert key_findings(flips)["most_robust_hotflip"] == more_robust
+    triggers = with_trigger_gap(study, gap)
+    assert finding(triggers, "Trigger: ").endswith(f"more robust: {more_robust}.")
+    assert key_findings(triggers)["most_robust_uat"] == more_robust
+
+
+HIGH, LOW = 0.5, 0.01
+
+
+@pytest.mark.parametrize(
+    ("baseline", "monotonic", "percent", "words"),
+    [
+        (4, 3, 25.0, "66.7 % of the texts for the baseline, 50.0 % for the monotonic model; 25.0 % lower, relatively."),
+        (2, 3, -50.0, "33.3 % of the texts for the baseline, 50.0 % for the monotonic model; 50.0 % higher, relatively."),
+        (3, 3, 0.0, "50.0 % of the texts for the baseline, 50.0 % for the monotonic model; no change."),
+        (0, 2, None, "33.3 % for the monotonic model; the baseline has none, so there is nothing to reduce."),
+    ],
+)
+def test_success_in_words(study: Study, baseline: int, monotonic: int, percent: float | None, words: str) -> None:
+    """Also where the baseline has no success: the reference divided by it."""
+    made = with_rises(study, [HIGH] * baseline + [LOW] * (6 - baseline), [HIGH] * monotonic + [LOW] * (6 - monotonic))
+    assert finding(made, "HotFlip success: ").endswith(words)
+    found = key_findings(made)["hotflip_reduction_percent"]
+    assert found is None if percent is None else found == pytest.approx(percent)
+
+
+def test_mcnemar_pairs_by_text(study: Study) -> None:
+    made = with_rises(study, [HIGH] * 5 + [LOW], [LOW] * 4 + [HIGH] * 2)
+    assert made.flip_mcnemar() == {42: {"only_first": 4, "only_second": 1, "p": pytest.approx(12 / 32)}}
+    shuffled = replace(made, flips=made.flips.sample(frac=1, random_state=1))
+    assert shuffled.flip_mcnemar() == made.flip_mcnemar()
+
+
+def test_one_document_gives_no_interval_and_says_so(study: Study, tmp_path: Path) -> None:
+    one = with_one(study)
+    assert one.non_inferior is None
+    quality = finding(one, "Quality: ")
+    assert "are not distinguishable (too few documents for an interval), perplexity " in quality
+    assert quality.endswith("non-inferiority at a margin of 0.0677 nats stays open.")
+    assert finding(one, "HotFlip: ").endswith("more robust: not distinguishable (too few documents for an interval).")
+    assert "[no interval from 1 document(s)]" in summary_text(one)
+    write_json(tmp_path / "final_results.json", final_results(one))
+    write_tables(one, tmp_path / "tables")
+    assert all("None" not in path.read_text() and "nan" not in path.read_text().lower() for path in (tmp_path / "tables").iterdir())
+    write_figures(one, tmp_path / "figures")
+    assert matplotlib.image.imread(tmp_path / "figures" / "perplexity.png").std() > 0.05
+
+
+def test_one_seed_says_what_its_intervals_lack(study: Study) -> None:
+    assert "One seed: the intervals do not contain the spread between trainings." in summary_text(study)
+    assert not any(line.startswith("Spread") for line in findings(study))
+
+
+def test_several_seeds(study: Study, tmp_path: Path) -> None:
+    """Documents are averaged over seeds before they are resampled: the count stays that of the documents."""
+    two = with_seeds(study)
+    ratio = study.perplexity_ratio.value
+    assert two.per_seed_ratio("monotonic", "baseline") == {42: pytest.approx(ratio), 43: pytest.approx(ratio * math.exp(0.5))}
+    assert two.perplexity_ratio.value == pytest.approx(ratio * math.exp(0.25))
+    assert two.nll("baseline") == study.nll("baseline")
+    assert two.flip_rise("baseline").count == study.flip_rise("baseline").count
+    assert two.flip_rise("baseline").value == pytest.approx(study.flip_rise("baseline").value + 0.5)
+    assert set(two.flip_mcnemar()) == {42, 43}
+    text = summary_text(two)
+    assert "One seed" not in text
+    assert "seeds 42, 43" in text
+    assert f"  by seed: 42: {ratio:.3f}, 43: {ratio * math.exp(0.5):.3f}" in text
+    assert finding(two, "Spread") == f"Spread over 2 seeds of the perplexity ratio: {ratio:.3f} to {ratio * math.exp(0.5):.3f}."
+    assert text.count("baseline   seed 4") == 2
+    results = final_results(two)
+    assert results["experiment_info"]["seeds"] == [42, 43]
+    assert set(results["training_summary"]["monotonic"]) == {42, 43}
+    write_figures(two, tmp_path / "figures")
+    write_tables(two, tmp_path / "tables")
+    assert pd.read_csv(tmp_path / "tables" / "perplexity.csv")["ratio_to_baseline"].iloc[-1] == pytest.approx(ratio * math.exp(0.25))
+
+
+def test_certificate_in_words(study: Study) -> None:
+    stored = study.json[42]["monotonic_certificate"]
+    broken = {**stored, "ffn_monotone": False, "vacuous": False, "reasons": ["the activation GELU decreases"]}
+    other = replace(study, json={42: {**study.json[42], "monotonic_certificate": broken}})
+    assert finding(study, "Certificate") == "Certificate: the feed-forward sublayers are monotone in the weights that run."
+    assert any("This order is vacuous" in line for line in findings(study))
+    assert finding(other, "Certificate") == "Certificate: the feed-forward sublayers are NOT monotone in the weights that run."
+    assert "  the activation GELU decreases" in findings(other)
+    assert not any("vacuous" in line for line in findings(other))
+
+
+def test_summary_has_the_reference_sections_in_order(study: Study, finished: Path) -> None:
+    lines = summary_text(study).splitlines()
+    titles = [line for line, under in pairwise(lines) if under and set(under) == {"-"}]
+    assert titles == SECTIONS
+    stored = finished / "project" / "foundation_llm_final_results" / "tiny" / "experiment_summary.txt"
+    assert stored.read_text() == summary_text(study)
+    assert f"{study.nll('baseline').count} test documents" in summary_text(study)
+
+
+def test_final_results_have_the_reference_fields(study: Study) -> None:
+    results = final_results(study)
+    assert {"experiment_info", "training_summary", "evaluation_summary", "attack_summary", "key_findings"} <= set(results)
+    assert {"seed", "model_name", "timestamp"} <= set(results["experiment_info"])
+    assert set(results["training_summary"]) == {"baseline", "monotonic"}
+    assert set(results["attack_summary"]) == {"uat", "hotflip"}
+    assert {"perplexity_gap_percent", "hotflip_reduction_percent", "most_robust_hotflip"} <= set(results["key_findings"])
+    gap = study.nll("monotonic").value - study.nll("baseline").value
+    assert results["key_findings"]["perplexity_gap_percent"] == pytest.approx(100 * (math.exp(gap) - 1))
+
+
+def test_results_are_strict_json_even_for_a_ruined_model(study: Study, tmp_path: Path) -> None:
+    """A loss of 2,000 nats per token would be an infinite perplexity."""
+    for number, made in enumerate((study, with_losses(study, 2000.0), with_rises(study, [0.0] * 6, [0.0] * 6))):
+        path = tmp_path / f"{number}.json"
+        write_json(path, final_results(made))
+        json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+def test_interval_in_words() -> None:
+    assert interval(Estimate(1.0344, 1.02, 1.049, 12)) == "1.034 [1.020, 1.049]"
+    assert interval(Estimate(1.0, None, None, 1), 1) == "1.0 [no interval from 1 document(s)]"
+
+
+def test_csv_holds_full_precision_and_latex_is_booktabs(study: Study, tmp_path: Path) -> None:
+    write_tables(study, tmp_path / "tables")
+    names = {path.stem for path in (tmp_path / "tables").iterdir()}
+    assert names == {"perplexity", "perplexity_by_subset", "hotflip", "uat", "transfer", "table_7"}
+    for name in names:
+        latex = (tmp_path / "tables" / f"{name}.tex").read_text()
+        assert all(rule in latex for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
+        assert "_" not in latex.replace(r"\_", "")
+    table = pd.read_csv(tmp_path / "tables" / "hotflip.csv").set_index("model")
+    estimate = study.flip_rise("monotonic")
+    assert table.loc["monotonic", ["rise_nats", "rise_nats_low", "rise_nats_high"]].tolist() == [
+        estimate.value,
+        estimate.low,
+        estimate.high,
+    ]
+    transfer = pd.read_csv(tmp_path / "tables" / "transfer.csv").set_index("attacked")
+    assert transfer.loc["monotonic", "trigger_of_baseline"] == study.trigger_rise("monotonic", "baseline").value
+
+
+def test_latex_escapes_names(study: Study, tmp_path: Path) -> None:
+    odd = replace(study, documents=study.documents.assign(subset="50% of R&D_texts #1"))
+    write_tables(odd, tmp_path / "tables")
+    assert r"50\% of R\&D\_texts \#1" in (tmp_path / "tables" / "perplexity_by_subset.tex").read_text()
+    assert "50% of R&D_texts #1" in (tmp_path / "tables" / "perplexity_by_subset.csv").read_text()
+
+
+def test_figures_open_and_show_something(finished: Path) -> None:
+    folder = finished / "project" / "foundation_llm_final_results" / "tiny" / "figures"
+    for name in ("training_curves", "robustness", "perplexity"):
+        image = matplotlib.image.imread(folder / f"{name}.png")
+        assert min(image.shape[:2]) > 400
+        assert image[..., :3].std() > 0.05
+        drawn = np.round(255 * image[..., :3]).astype(int)
+        assert all((drawn == colour).all(axis=-1).sum() > 50 for colour in ((0, 114, 178), (213, 94, 0)))
+        assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_files_are_the_same_bytes_each_time(study: Study, finished: Path, tmp_path: Path) -> None:
+    """Made again in this process and by the stage: tables, PNG and PDF."""
+    stored = finished / "project" / "foundation_llm_final_results" / "tiny"
+    for kind, write in (("tables", write_tables), ("figures", write_figures)):
+        write(study, tmp_path / kind)
+        made = {path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()}
+        assert made == {path.name: path.read_bytes() for path in (stored / kind).iterdir()}

@@ -1,0 +1,345 @@
+"""The contract of a stage, held against a pipeline of three fake stages, and against the real one where only that tells."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from configs.presets import load
+from tests.fake_stages import NUMBERS, PIPELINE, ROOT, SQUARES, SQUARES_OF_42, TINY, TOTAL, StopAt, contents, folder_of, in_child, run
+from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, WorkFailed
+from utils.run.lock import locked
+from utils.run.stage import Context, set_aside
+from utils.run.status import status_table
+
+
+def must_not_run(ctx: Context) -> None:
+    raise AssertionError("the stage ran")
+
+
+def test_chain_of_stages_ends_with_what_plain_arithmetic_says(own_folders: Path) -> None:
+    for seed in (42, 7):
+        assert run(NUMBERS, seed=seed) == run(SQUARES, seed=seed) == DONE
+    assert run(TOTAL, "seeds=[42, 7]") == DONE
+    total = sum(number**2 for number in [*range(42, 54), *range(7, 19)])
+    assert json.loads((folder_of(TOTAL, own_folders) / "total.json").read_text()) == total
+
+
+def test_manifest_lists_every_output_with_its_checksum_and_is_newest(own_folders: Path) -> None:
+    run(NUMBERS)
+    run(SQUARES)
+    folder = folder_of(NUMBERS, own_folders)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    output = (folder / "below/numbers.json").read_bytes()
+    assert manifest["outputs"] == {
+        "numbers": {"path": "below/numbers.json", "files": {".": {"sha256": hashlib.sha256(output).hexdigest(), "bytes": len(output)}}}
+    }
+    assert manifest["identity"]["config"] == {"training.steps": 12}
+    assert manifest["identity"]["seed"] == 42
+    newest = max((path for path in folder.rglob("*.json")), key=lambda path: path.stat().st_mtime_ns)
+    assert newest == folder / "manifest.json"
+    assert not (folder_of(SQUARES, own_folders) / "state").exists()
+
+
+def test_complete_stage_is_not_run_again(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    before = contents(own_folders)
+    (folder_of(NUMBERS, own_folders) / "state").mkdir()  # as a kill between manifest and clean-up leaves it
+    assert run(replace(NUMBERS, run=must_not_run), stop=StopAt(1)) == DONE
+    assert "already complete: " + str(folder_of(NUMBERS, own_folders)) in capsys.readouterr().out
+    assert contents(own_folders) == before
+    assert not (folder_of(NUMBERS, own_folders) / "state").exists()
+
+
+def test_missing_input_is_named_with_the_stage_that_makes_it(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(SQUARES) == REFUSED
+    message = capsys.readouterr().err
+    assert str(folder_of(NUMBERS, own_folders) / "below/numbers.json") in message
+    assert "run stage 0 (numbers, seed 42) first" in message
+    assert contents(own_folders) == {}
+
+
+def test_changed_configuration_is_refused_and_nothing_is_lost(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    before = contents(own_folders)
+    assert run(NUMBERS, "training.steps=13") == REFUSED
+    message = capsys.readouterr().err
+    assert str(folder_of(NUMBERS, own_folders)) in message
+    assert "config.training.steps: 12 -> 13" in message
+    assert "--run-name" in message
+    assert "--discard" in message
+    assert contents(own_folders) == before
+
+
+def test_key_that_the_stage_does_not_depend_on_may_change(own_folders: Path) -> None:
+    assert run(NUMBERS) == DONE
+    assert run(replace(NUMBERS, run=must_not_run), "uat.sweeps=1") == DONE
+
+
+def test_input_made_by_another_configuration_is_refused(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    assert run(SQUARES, "training.steps=13") == REFUSED
+    message = capsys.readouterr().err
+    assert "the input 'numbers' was made by another configuration" in message
+    assert "training.steps: 12 -> 13" in message
+    assert "run stage 0 (numbers, seed 42) again with --discard" in message
+
+
+def test_discard_moves_the_old_folder_aside_and_starts_afresh(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    folder = folder_of(NUMBERS, own_folders)
+    before = contents(folder)
+    assert run(NUMBERS, "training.steps=13", discard=True) == DONE
+    (aside,) = folder.parent.glob(f"{folder.name}.*")
+    assert contents(aside) == before
+    assert str(aside) in capsys.readouterr().out
+    assert len(json.loads((folder / "below/numbers.json").read_text())) == 13
+
+
+def test_discard_leaves_a_sound_folder_alone(own_folders: Path) -> None:
+    run(NUMBERS)
+    before = contents(own_folders)
+    assert run(replace(NUMBERS, run=must_not_run), discard=True) == DONE
+    assert contents(own_folders) == before
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"42", b"43"))
+
+
+@pytest.mark.parametrize(("harm", "words"), [(cut, " bytes, expected "), (flip, "SHA-256"), (Path.unlink, "is missing")])
+def test_damaged_artefact_is_refused_by_maker_and_reader(
+    harm: Callable[[Path], None], words: str, own_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(NUMBERS)
+    path = folder_of(NUMBERS, own_folders) / "below/numbers.json"
+    sound = path.read_bytes()
+    harm(path)
+    assert run(SQUARES) == REFUSED
+    message = capsys.readouterr().err
+    assert "the input 'numbers' is damaged" in message
+    assert str(path) in message
+    assert words in message
+    assert run(NUMBERS) == REFUSED
+    message = capsys.readouterr().err
+    assert str(path) in message
+    assert words in message
+    assert "--discard" in message
+    assert run(NUMBERS, discard=True) == run(SQUARES) == DONE
+    assert path.read_bytes() == sound
+
+
+@pytest.mark.parametrize("name", ["started.json", "manifest.json"])
+@pytest.mark.parametrize("text", ["", '{"identity": ', "[]", "{}"])
+def test_damaged_mark_is_named_and_discard_helps(name: str, text: str, own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    mark = folder_of(NUMBERS, own_folders) / name
+    mark.write_text(text)
+    assert run(NUMBERS) == REFUSED
+    message = capsys.readouterr().err
+    assert f"{mark}: expected" in message
+    assert "--discard" in message
+    assert run(NUMBERS, discard=True) == DONE
+
+
+def test_manifest_without_a_declared_output_is_refused(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    mark = folder_of(NUMBERS, own_folders) / "manifest.json"
+    mark.write_text(mark.read_text().replace('"numbers": {', '"other": {'))
+    assert run(SQUARES) == run(NUMBERS) == REFUSED
+    assert capsys.readouterr().err.count(f"{mark} lists no output 'numbers'") == 2
+
+
+def test_work_whose_origin_is_unknown_is_not_gone_on_with(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    assert run(SQUARES, stop=StopAt(3)) == STOPPED
+    folder = folder_of(SQUARES, own_folders)
+    (folder / "started.json").unlink()
+    assert run(SQUARES, "uat.sweeps=1") == REFUSED
+    assert f"{folder / 'state'} is there, but no started.json" in capsys.readouterr().err
+    assert run(SQUARES, "uat.sweeps=1", discard=True) == DONE
+    (folder / "started.json").unlink()
+    assert run(SQUARES, "uat.sweeps=2") == REFUSED  # the manifest still knows
+    assert "config.uat.sweeps: 1 -> 2" in capsys.readouterr().err
+
+
+def test_stage_that_forgets_an_output_is_not_complete(own_folders: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"without its declared output 'numbers': .*numbers.json is missing"):
+        run(replace(NUMBERS, run=lambda ctx: None))
+    assert not (folder_of(NUMBERS, own_folders) / "manifest.json").exists()
+
+
+def test_kill_between_output_and_manifest_means_done_again(own_folders: Path) -> None:
+    code = """
+import os, signal
+from tests.fake_stages import NUMBERS, run
+from utils.run import manifest
+manifest.inventory = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+run(NUMBERS)
+"""
+    assert in_child(code).returncode == -signal.SIGKILL
+    folder = folder_of(NUMBERS, own_folders)
+    assert (folder / "below/numbers.json").exists()
+    assert not (folder / "manifest.json").exists()
+    (folder / "below/numbers.json").write_text("half")
+    (folder / "below/.tmp-numbers.json-0123").mkdir()
+    assert run(SQUARES) == REFUSED
+    assert run(NUMBERS) == DONE
+    assert json.loads((folder / "below/numbers.json").read_text()) == list(range(42, 54))
+    assert not list(folder.rglob(".tmp-*"))
+    assert len(json.loads((folder / "manifest.json").read_text())["starts"]) == 2
+
+
+def test_stop_saves_and_the_same_command_goes_on(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    folder = folder_of(SQUARES, own_folders)
+    for look in (3, 2, 3):  # the first look is the runner's own; the second time nothing is gained
+        assert run(SQUARES, stop=StopAt(look)) == STOPPED
+        assert not (folder / "manifest.json").exists()
+    out = capsys.readouterr().out
+    assert f"stopped in time (the test says so); the state is saved in {folder}" in out
+    assert len((folder / "state/squares.jsonl").read_text().splitlines()) == 10
+    assert run(SQUARES) == DONE
+    assert json.loads((folder / "squares.json").read_text()) == SQUARES_OF_42
+
+
+def test_stop_before_the_work_leaves_no_mark(own_folders: Path) -> None:
+    assert run(NUMBERS, stop=StopAt(1)) == STOPPED
+    assert contents(own_folders) == {}
+
+
+def test_foreseen_failure_is_one_message_and_others_are_tracebacks(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def diverge(ctx: Context) -> None:
+        raise WorkFailed("the loss is nan; lower the learning rate")
+
+    def mistake(ctx: Context) -> None:
+        (ctx.folder / "nowhere").read_bytes()
+
+    assert run(replace(NUMBERS, run=diverge)) == FAILED
+    assert "failed: the loss is nan; lower the learning rate" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError):
+        run(replace(NUMBERS, run=mistake))
+
+
+def test_summary_is_redone_when_its_inputs_changed_and_the_old_one_is_kept(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (42, 7):
+        assert run(NUMBERS, seed=seed) == run(SQUARES, seed=seed) == DONE
+    run(TOTAL)
+    folder = folder_of(TOTAL, own_folders)
+    before = contents(folder)
+    assert run(TOTAL, "seeds=[42, 7]") == DONE
+    (aside,) = folder.parent.glob("tiny.*")
+    assert contents(aside) == before
+    assert f"the earlier results are kept in {aside}" in capsys.readouterr().out
+    assert json.loads((folder / "total.json").read_text()) > json.loads((aside / "total.json").read_text())
+    assert run(TOTAL, "seeds=[42, 7]", "report.confidence=0.9") == REFUSED
+    assert "config.report.confidence: 0.95 -> 0.9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_folder_is_locked_during_the_work_also_after_it_was_moved_aside(discard: bool, own_folders: Path) -> None:
+    def look(ctx: Context) -> None:
+        with pytest.raises(InputError, match=rf"process {os.getpid()} on .* is at work here"), locked(ctx.folder):
+            pass
+        TOTAL.run(ctx)
+
+    for seed in (42, 7):
+        assert run(NUMBERS, seed=seed) == run(SQUARES, seed=seed) == DONE
+    watched = replace(TOTAL, run=look)
+    assert run(watched) == DONE
+    assert run(watched, "seeds=[7]", *(["report.confidence=0.9"] if discard else []), discard=discard) == DONE
+    assert len(list(folder_of(TOTAL, own_folders).parent.glob("tiny.*"))) == 1
+
+
+def test_other_process_that_slips_in_after_the_move_is_not_trampled(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(NUMBERS)
+
+    def move_and_be_overtaken(folder: Path) -> Path:
+        aside = set_aside(folder)
+        (folder / "started.json").write_text('{"identity": {"stage": "theirs"}, "starts": []}')
+        return aside
+
+    monkeypatch.setattr("utils.run.stage.set_aside", move_and_be_overtaken)
+    assert run(replace(NUMBERS, run=must_not_run), "training.steps=13", discard=True) == REFUSED
+
+
+def test_second_process_is_refused_and_told_who_the_first_is(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of(NUMBERS, own_folders)
+    code = f"""
+import sys
+from pathlib import Path
+from utils.run.lock import locked
+with locked(Path({str(folder)!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        assert run(NUMBERS) == REFUSED
+        message = capsys.readouterr().err
+        assert f"{folder}: process {first.pid} on " in message
+        assert "wait for it to end" in message
+        first.kill()
+    assert run(NUMBERS) == DONE  # the lock died with its owner
+
+
+def test_set_aside_finds_a_free_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.run.stage.time.strftime", lambda *_: "20260101T000000")
+    folder = tmp_path / "stage"
+    folder.mkdir()
+    for text in "abc":
+        (folder / "file").write_text(text)
+        set_aside(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "stage",
+        "stage.20260101T000000",
+        "stage.20260101T000000-1",
+        "stage.20260101T000000-2",
+    ]
+    assert contents(tmp_path / "stage.20260101T000000-1") == {"file": b"b"}
+    assert contents(folder) == {}
+
+
+def test_changed_code_is_warned_of_on_going_on(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    run(SQUARES, stop=StopAt(3))
+    path = folder_of(SQUARES, own_folders) / "started.json"
+    notes = json.loads(path.read_text())
+    notes["starts"][0]["code_revision"] = "0123abcd"
+    path.write_text(json.dumps(notes))
+    assert run(SQUARES) == DONE
+    assert "warning: begun with code revision 0123abcd, going on with" in capsys.readouterr().out
+
+
+def test_status_tells_complete_begun_damaged_and_not_begun(own_folders: Path) -> None:
+    run(NUMBERS)
+    run(SQUARES, stop=StopAt(3))
+    config = load(TINY, ["seeds=[42, 7]"])
+    for step in (5, 10):
+        (folder_of(SQUARES, own_folders) / f"state/checkpoints/step_{step:08d}").mkdir(parents=True)
+    damaged = folder_of(NUMBERS, own_folders, seed=7)
+    damaged.mkdir(parents=True)
+    (damaged / "manifest.json").write_text("{")
+    before = contents(own_folders)
+    first, *lines = status_table(PIPELINE, config).splitlines()
+    assert first == f"run tiny in {own_folders / 'scratch/foundation_llm_work/tiny'}"
+    states = {line[2:38].strip(): line[39:] for line in lines}
+    assert states["stage 0 numbers, seed 42"].startswith("complete, 20")
+    assert states["stage 0 numbers, seed 7"].startswith(f"damaged: {damaged / 'manifest.json'}: expected a JSON file")
+    assert states["stage 1 squares, seed 42"] == "begun, 1 start(s), checkpoint step_00000010"
+    assert states["stage 1 squares, seed 7"] == states["stage 2 total"] == "not begun"
+    assert contents(own_folders) == before

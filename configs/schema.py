@@ -135,6 +135,12 @@ class Monotone(Section):
     recentre: bool = Field(True, description="correct both biases so that the mean activations equal the base model's")
     calibration_sequences: Positive = Field(16, description="training sequences that the means are taken over")
 
+    @model_validator(mode="after")
+    def _check(self) -> Monotone:
+        if self.parametrisation == "softplus" and self.start == "clamp":
+            raise ValueError("start='clamp' freezes every clamped entry under softplus (dW/dV is about W); expected start='abs'")
+        return self
+
 
 class Training(Section):
     """One recovery run; both arms get the same."""

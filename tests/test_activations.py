@@ -42,3 +42,12 @@ def test_the_clamp_stands_at_the_minimum_of_gelu() -> None:
     assert bool((clamped.diff() >= 0).all())
     assert torch.equal(clamped[z >= GELU_MINIMUM], values[z >= GELU_MINIMUM])
     assert float(clamped.min()) == pytest.approx(float(values.min()), abs=1e-12)
+
+
+def test_an_activation_that_gives_nan_is_not_monotone() -> None:
+    class Root(nn.Module):
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return z.sqrt()
+
+    falls, deepest = decreases(Root())
+    assert falls > 30_000 and deepest == float("inf")

@@ -74,6 +74,14 @@ def test_a_planted_trigger_is_found_within_one_sweep(tmp_path: Path) -> None:
     assert found["select_nll"] == pytest.approx(planted.nll(2), abs=1e-4)
 
 
+def test_a_sweep_without_a_gain_is_the_last(tmp_path: Path) -> None:
+    """The first sweep finds the only key, the second nothing; three more would be allowed. The next restart starts afresh."""
+    planted = Planted({1: 13})
+    found = searched(planted.model, tmp_path / "state.json", torch.full((2, TEXT), Planted.VICTIM), sweeps=5, candidates=2)
+    assert [each["sweeps"] for each in found["restarts"]] == [2, 2]
+    assert [each["trigger"][1] for each in found["restarts"]] == [13, 13]
+
+
 def test_a_deaf_model_has_no_trigger(tmp_path: Path) -> None:
     """No start is improved, every restart ends after one sweep, and the loss is exactly that without a trigger."""
     model = deaf_model()
@@ -130,12 +138,11 @@ def test_resumed_after_every_position(model: PreTrainedModel, tmp_path: Path) ->
     sets = {"search": rows(4, 0), "select": rows(3, 1)}
     stop = Stop()
     stop.reason = "signal SIGUSR1"
-    path, starts = tmp_path / "state.json", 0
-    while not path.exists() or len(json.loads(path.read_text())["finished"]) < 2:
-        starts += 1
+    path = tmp_path / "state.json"
+    for _ in range(LENGTH * sum(each["sweeps"] for each in straight["restarts"])):
         with pytest.raises(StoppedInTime, match="SIGUSR1"):
             find_trigger(model, "base", sets, 0, spec(), "fp32", path, stop)
-    assert starts == LENGTH * sum(each["sweeps"] for each in straight["restarts"])
+    assert len(json.loads(path.read_text())["finished"]) == 2
     assert find_trigger(model, "base", sets, 0, spec(), "fp32", path, Stop()) == straight
     assert path.read_bytes() == (tmp_path / "straight.json").read_bytes()
 

@@ -11,7 +11,7 @@ from typing import Any
 from configs.schema import Experiment
 from utils.data.attack_texts import wanted
 from utils.data.sources import SPLITS, Row, describe, rows
-from utils.data.tokenizer import fetch_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
+from utils.data.tokenizer import fetch_tokenizer, load_tokenizer, published_identity, save_tokenizer, train_tokenizer
 from utils.data.tokens import write_split
 from utils.run.artifacts import write_json
 from utils.run.cache import cached
@@ -22,7 +22,7 @@ from utils.run.preemption import Stop
 def token_cache(config: Experiment, root: Path, stop: Stop) -> Path:
     """Folder with tokenizer/, tokens/{test,attack,validation,train} and counts.json, built if it is not there."""
     shape, limits = config.model.scratch, _limits(config)
-    identity: dict[str, Any] = {"train here": shape.vocabulary} if shape else {"name": config.model.name, "revision": config.model.revision}
+    identity: dict[str, Any] = {"train here": shape.vocabulary} if shape else published_identity(config.model)
     description = {"source": describe(config.data), "tokenizer": identity, "limits": limits}
 
     def build(target: Path, state: Path) -> None:

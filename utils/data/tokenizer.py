@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from configs.schema import Model
 from utils.run.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -46,4 +48,15 @@ def fetch_tokenizer(name: str, revision: str, folder: Path) -> int:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    """The stored tokenizer; the text "<|endoftext|>" inside a document is encoded as text, not as the end of it."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def published_identity(model: Model) -> dict[str, Any]:
+    """What identifies a published model, for the cache: name and revision, and for a local folder its files."""
+    folder = Path(model.name)
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    local = {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    return {"name": model.name, "revision": model.revision, "files": local}

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from configs.schema import Evaluate, Experiment
 from utils.data.tokens import Tokens
 from utils.models.loading import autocast, device_of, load_model
+from utils.run.errors import WorkFailed
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
 from utils.run.records import Records, Row, grouped, read_rows, write_rows
@@ -117,6 +118,8 @@ def evaluate_model(
     for group in pending:
         stop.check()
         sums = window_nll(model, group, precision)
+        if not all(map(math.isfinite, sums)):
+            raise WorkFailed(f"the loss of the model {label!r} is not finite on the test text; check its training history")
         records.append({"document": window.document, "nll": nll, "tokens": window.scored} for window, nll in zip(group, sums, strict=True))
         progress.advance()
     progress.close()

@@ -29,6 +29,8 @@ def decreases(activation: nn.Module, dtype: torch.dtype = torch.float32) -> tupl
     grid = grid[torch.isfinite(grid)].float().sort().values
     with torch.no_grad():
         values = activation(grid.to(dtype)).float()
+    if values.isnan().any():
+        return int(values.isnan().sum()), float("inf")
     falls = values[:-1] - values[1:]
     falls = falls[falls > (1e-6 if dtype == torch.float32 else 0.0)]
     return falls.numel(), float(falls.max()) if falls.numel() else 0.0

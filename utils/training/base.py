@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Experiment, Scratch, Training
+from utils.data.tokenizer import published_identity
 from utils.data.tokens import PackedBatches, Tokens
 from utils.models.loading import device_of, fetch_pretrained, save_model, scratch_model
 from utils.run.artifacts import read_json, value_digest, write_json
@@ -17,9 +18,13 @@ from utils.training.loop import Run, train
 def base_cache(config: Experiment, root: Path, tokens: Path, stop: Stop) -> Path:
     """Folder with the base model in fp32 (model/) and where it is from (origin.json), built if it is not there."""
     shape = config.model.scratch
-    description: dict[str, Any] = {"model": config.model.model_dump(mode="json")}
+    description: dict[str, Any] = {} if shape else published_identity(config.model)
     if shape:
-        description |= {"text": value_digest(read_json(tokens.parent / "manifest.json")), "precision": config.compute.precision}
+        description = {
+            "shape": shape.model_dump(mode="json"),
+            "text": value_digest(read_json(tokens.parent / "manifest.json")),
+            "precision": config.compute.precision,
+        }
 
     def build(target: Path, state: Path) -> None:
         if shape:

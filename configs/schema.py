@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -131,9 +131,16 @@ class Monotone(Section):
         "projected", description="projected: clamp after each optimiser step; softplus: W = log(1 + exp V)"
     )
     activation: Literal["keep", "relu", "clamped_gelu"] = Field("relu", description="keep leaves GELU, which is not monotone")
-    start: Literal["clamp", "abs"] = Field("clamp", description="non-negative start from the pretrained W: max(W, 0) or |W|")
+    start: Literal["clamp", "abs"] = Field(description="start from the pretrained W: max(W, 0), default of projected; |W|, of softplus")
     recentre: bool = Field(True, description="correct both biases so that the mean activations equal the base model's")
     calibration_sequences: Positive = Field(16, description="training sequences that the means are taken over")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suitable_start(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "start" not in given:
+            return given | {"start": "abs" if given.get("parametrisation") == "softplus" else "clamp"}
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> Monotone:
@@ -240,7 +247,7 @@ class Experiment(Section):
     compute: Compute = Compute()
     model: Model
     data: Data
-    monotone: Monotone = Monotone()
+    monotone: Monotone = Monotone.model_validate({})
     training: Training
     baseline: Arm
     monotonic: Arm

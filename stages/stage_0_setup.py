@@ -7,13 +7,15 @@ from utils.run.stage import Context, Stage
 def run(ctx: Context) -> None:
     from utils.data.attack_texts import write_attack_texts
     from utils.data.tokenise import token_cache
+    from utils.data.tokenizer import load_tokenizer
     from utils.data.tokens import Tokens
     from utils.run.artifacts import link_or_copy, read_json, write_json
     from utils.training.base import base_cache
     from utils.training.facts import setup_facts
 
     tokens = token_cache(ctx.config, ctx.folders.cache, ctx.stop)
-    sets = write_attack_texts(Tokens(tokens / "tokens" / "attack"), ctx.config, ctx.write("attack_texts"))
+    words = load_tokenizer(tokens / "tokenizer")
+    sets = write_attack_texts(Tokens(tokens / "tokens" / "attack"), words, ctx.config, ctx.write("attack_texts"))
     base = base_cache(ctx.config, ctx.folders.cache, tokens, ctx.stop)
     link_or_copy(tokens / "tokenizer", ctx.write("tokenizer"))
     for split in ("train", "validation", "test"):

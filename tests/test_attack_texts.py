@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from configs.schema import Experiment
 from tests.builders import token_folder
-from utils.data.attack_texts import read_attack_texts, wanted, write_attack_texts
+from utils.data.attack_texts import Alphabet, read_attack_texts, wanted, write_attack_texts
+from utils.data.tokenizer import END_OF_TEXT
 from utils.run.errors import InputError
 
 Documents = list[list[int]]
@@ -24,9 +26,12 @@ def stock() -> Documents:
 
 
 def sets_of(stock: Documents, config: Experiment, root: Path) -> dict[str, list[dict]]:
-    sizes = write_attack_texts(token_folder(root / "attack", stock), config, root / "texts.json")
-    sets, end_of_text = read_attack_texts(root / "texts.json")
-    assert end_of_text == 0
+    tokenizer = Tokenizer(models.WordLevel({END_OF_TEXT: 0, "a": 1, "b": 2, "pad": 3}, unk_token="a"))  # noqa: S106 - no password
+    tokenizer.add_special_tokens([END_OF_TEXT, "pad"])
+    sizes = write_attack_texts(token_folder(root / "attack", stock), tokenizer, config, root / "texts.json")
+    sets, alphabet = read_attack_texts(root / "texts.json")
+    assert alphabet == Alphabet(end_of_text=0, entries=4, special=(0, 3))
+    assert alphabet.writable().tolist() == [1, 2]
     assert sizes == {name: len(texts) for name, texts in sets.items()}
     return sets
 

@@ -135,4 +135,4 @@ def test_a_needed_one_that_is_damaged_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"checkpoint of step 4: .*has 1 bytes, expected \d+; run the stage again with --discard"):
         checkpoints.model_tensors(4)
     with pytest.raises(InputError, match=r"checkpoint of step 7: its manifest is not readable .*not found"):
-        checkpoints.optimizer_tensors(7)
+        checkpoints.model_tensors(7)

@@ -17,12 +17,14 @@ from configs.schema import Experiment, HotFlip
 from tests.tiny_models import VOCABULARY, Planted, blind_model, deaf_model, random_ids, random_model, slow_nll
 from utils.attacks.hotflip import Attack, attack_batch, attack_model, attack_rows, random_control, summarise
 from utils.attacks.scoring import Scorer, allowed_tokens, first_order_candidates
+from utils.data.attack_texts import Alphabet
 from utils.models.loading import load_model
 from utils.run.errors import StoppedInTime
 from utils.run.preemption import Stop
 
 PREFIX, SCORED = 8, 6
-ALLOWED = allowed_tokens(VOCABULARY, {0}, torch.device("cpu"))
+ALPHABET = Alphabet(0, VOCABULARY, (0,))
+ALLOWED = allowed_tokens(VOCABULARY, ALPHABET.writable(), torch.device("cpu"))
 
 
 def spec(**settings: Any) -> HotFlip:
@@ -175,10 +177,10 @@ def test_reference_criterion_scores_the_flipped_tokens(model: PreTrainedModel, t
 def test_interruption_changes_nothing(model: PreTrainedModel, texts: list[dict[str, Any]], tmp_path: Path, cut: float) -> None:
     """The file is cut anywhere, in the middle of a line or of a batch; what is done again is the same, byte for byte."""
     path = tmp_path / "records.jsonl"
-    straight = attack_model(model, "base", texts, 0, spec(), "fp32", path, Stop())
+    straight = attack_model(model, "base", texts, ALPHABET, spec(), "fp32", path, Stop())
     data = path.read_bytes()
     path.write_bytes(data[: int(cut * len(data)) if isinstance(cut, float) else cut])
-    assert attack_model(model, "base", texts, 0, spec(), "fp32", path, Stop()) == straight
+    assert attack_model(model, "base", texts, ALPHABET, spec(), "fp32", path, Stop()) == straight
     assert path.read_bytes() == data
 
 
@@ -195,9 +197,9 @@ def test_a_request_to_stop_is_heard_between_batches(model: PreTrainedModel, text
 
     path = tmp_path / "records.jsonl"
     with pytest.raises(StoppedInTime, match="signal SIGTERM"):
-        attack_model(model, "base", texts, 0, spec(), "fp32", path, After())
+        attack_model(model, "base", texts, ALPHABET, spec(), "fp32", path, After())
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["attack-0", "attack-1"]
-    assert len(attack_model(model, "base", texts, 0, spec(), "fp32", path, Stop())) == 5
+    assert len(attack_model(model, "base", texts, ALPHABET, spec(), "fp32", path, Stop())) == 5
 
 
 def rows_of(rises: list[float], reference: list[float]) -> list[dict[str, Any]]:
@@ -242,7 +244,7 @@ def test_stored_results_follow_from_the_stored_models(finished: Path, tiny: Expe
         assert [row["text"] for row in mine] == list(texts)
         model = load_model(stage_folder(finished, number) / where)
         for row in mine:
-            ids = [stored["end_of_text"], *texts[row["text"]]]
+            ids = [stored["alphabet"]["end_of_text"], *texts[row["text"]]]
             for flip in row["flips"]:
                 ids[1 + flip["position"]] = flip["new"]
             assert row["nll"][-1] == pytest.approx(slow_nll(model, ids, tiny.hotflip.scored_tokens), rel=1e-4)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from tests.tiny_models import VOCABULARY, blind_model, random_ids, random_model, slow_nll
 from utils.attacks import scoring
 from utils.attacks.scoring import Scorer, allowed_tokens, first_order_candidates
+from utils.data.attack_texts import Alphabet
 
 SCORED = 6
 
@@ -129,8 +130,8 @@ def test_fewer_candidates_than_asked_for(scorer: Scorer) -> None:
 
 
 def test_special_tokens_are_not_allowed() -> None:
-    mask = allowed_tokens(6, {0, 3}, torch.device("cpu"))
-    assert mask.tolist() == [False, True, True, False, True, True]
+    mask = allowed_tokens(8, Alphabet(0, 6, (0, 3)).writable(), torch.device("cpu"))
+    assert mask.tolist() == [False, True, True, False, True, True, False, False]  # the model has two rows without a token
 
 
 def test_work_is_counted(scorer: Scorer, ids: Tensor) -> None:

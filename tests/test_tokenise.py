@@ -137,7 +137,7 @@ def test_too_little_attack_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"attack texts: found \d unused documents of at least 16 tokens for the set 'hotflip', expected 6"
     ):
-        write_attack_texts(Tokens(content / "tokens" / "attack"), config, tmp_path / "texts.json")
+        write_attack_texts(Tokens(content / "tokens" / "attack"), load_tokenizer(content / "tokenizer"), config, tmp_path / "texts.json")
 
 
 @pytest.fixture

@@ -17,14 +17,16 @@ from configs.schema import UAT, Experiment
 from tests.tiny_models import VOCABULARY, Planted, blind_model, deaf_model, random_ids, random_model, slow_nll
 from utils.attacks.controls import random_trigger
 from utils.attacks.scoring import Scorer, allowed_tokens
-from utils.attacks.uat import TriggerSearch, find_trigger, report_rows, summarise, surviving_share
+from utils.attacks.uat import TriggerSearch, find_trigger, report_rows, summarise, surviving_share, with_trigger
+from utils.data.attack_texts import Alphabet
 from utils.data.tokenizer import load_tokenizer, train_tokenizer
 from utils.models.loading import load_model
 from utils.run.errors import StoppedInTime
 from utils.run.preemption import Stop
 
 TEXT, LENGTH = 6, 3
-ALLOWED = allowed_tokens(VOCABULARY, {0}, torch.device("cpu"))
+ALPHABET = Alphabet(0, VOCABULARY, (0,))
+ALLOWED = allowed_tokens(VOCABULARY, ALPHABET.writable(), torch.device("cpu"))
 
 
 def spec(**settings: Any) -> UAT:
@@ -89,7 +91,7 @@ def test_a_deaf_model_has_no_trigger(tmp_path: Path) -> None:
     starts = [random_trigger(0, number, LENGTH, np.arange(1, VOCABULARY), "start") for number in range(2)]
     assert [each["trigger"] for each in found["restarts"]] == starts
     assert [each["sweeps"] for each in found["restarts"]] == [1, 1]
-    report = report_rows(model, "base", rows(5, 2), {"clean": [], "own": found["trigger"]}, 0, spec(), "fp32")
+    report = report_rows(model, "base", rows(5, 2), {"clean": [], "own": found["trigger"]}, 0)
     assert [row["nll"] for row in report[:5]] == [row["nll"] for row in report[5:]]
 
 
@@ -100,7 +102,7 @@ def test_a_blind_model_feels_the_last_trigger_token_alone(tmp_path: Path) -> Non
     for number, each in enumerate(found["restarts"]):
         assert each["trigger"][:-1] == random_trigger(0, number, LENGTH, np.arange(1, VOCABULARY), "start")[:-1]
     engine = TriggerSearch(Scorer(model, "fp32"), spec(), 0, ALLOWED)
-    losses = [engine.scorer.token_nll(engine.with_trigger(trigger, texts(5, 2)), TEXT) for trigger in ([], found["trigger"])]
+    losses = [engine.scorer.token_nll(with_trigger(0, trigger, texts(5, 2)), TEXT) for trigger in ([], found["trigger"])]
     assert torch.equal(losses[0][:, 1:], losses[1][:, 1:])
 
 
@@ -141,9 +143,9 @@ def test_resumed_after_every_position(model: PreTrainedModel, tmp_path: Path) ->
     path = tmp_path / "state.json"
     for _ in range(LENGTH * sum(each["sweeps"] for each in straight["restarts"])):
         with pytest.raises(StoppedInTime, match="SIGUSR1"):
-            find_trigger(model, "base", sets, 0, spec(), "fp32", path, stop)
+            find_trigger(model, "base", sets, ALPHABET, spec(), "fp32", path, stop)
     assert len(json.loads(path.read_text())["finished"]) == 2
-    assert find_trigger(model, "base", sets, 0, spec(), "fp32", path, Stop()) == straight
+    assert find_trigger(model, "base", sets, ALPHABET, spec(), "fp32", path, Stop()) == straight
     assert path.read_bytes() == (tmp_path / "straight.json").read_bytes()
 
 
@@ -186,7 +188,7 @@ def test_both_arms_start_from_the_same_triggers(tmp_path: Path) -> None:
 def test_report_scores_the_texts_own_tokens(model: PreTrainedModel) -> None:
     """Window and index set are the same with and without a trigger; its own tokens are only in `nll_with_trigger`."""
     trigger, held_out = [5, 6, 7], rows(5, 2)
-    report = report_rows(model, "base", held_out, {"clean": [], "own": trigger}, 0, spec(), "fp32")
+    report = report_rows(model, "base", held_out, {"clean": [], "own": trigger}, 0)
     assert [(row["model"], row["trigger"], row["text"]) for row in report] == [
         ("base", kind, text["id"]) for kind in ("clean", "own") for text in held_out
     ]
@@ -201,7 +203,7 @@ def test_an_unlikely_trigger_does_not_count_as_damage() -> None:
     model = deaf_model()
     losses = {token: slow_nll(model, [0, token], 1) for token in range(1, VOCABULARY)}
     rare = max(losses, key=losses.__getitem__)
-    report = report_rows(model, "base", rows(5, 2), {"clean": [], "neutral": [], "own": [rare] * LENGTH}, 0, spec(), "fp32")
+    report = report_rows(model, "base", rows(5, 2), {"clean": [], "neutral": [], "own": [rare] * LENGTH}, 0)
     assert summarise([*report, {**report[0], "trigger": "random_0"}], "base", "own")["nll_increase"] == 0.0
     assert all(after["nll_with_trigger"] > before["nll_with_trigger"] for before, after in zip(report[:5], report[10:], strict=True))
 
@@ -251,7 +253,7 @@ def test_stored_results_follow_from_the_stored_models(finished: Path, tiny: Expe
     for name, (number, where) in models.items():
         facts, model = results["results"][f"{name}_pythia"], load_model(stage_folder(finished, number) / where)
         losses = [
-            np.mean([slow_nll(model, [stored["end_of_text"], *trigger, *ids], tiny.uat.text_tokens) for ids in held_out])
+            np.mean([slow_nll(model, [stored["alphabet"]["end_of_text"], *trigger, *ids], tiny.uat.text_tokens) for ids in held_out])
             for trigger in ([], facts["trigger_ids"])
         ]
         assert [facts["clean_loss"], facts["attacked_loss"]] == pytest.approx(losses, rel=1e-4)

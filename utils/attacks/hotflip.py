@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from configs.schema import Experiment, HotFlip
 from utils.attacks.controls import random_flips
-from utils.attacks.scoring import Scorer, allowed_tokens, first_order_candidates
-from utils.data.attack_texts import read_attack_texts
+from utils.attacks.scoring import ADMITTED, Scorer, allowed_tokens, first_order_candidates
+from utils.data.attack_texts import Alphabet, read_attack_texts
 from utils.models.loading import device_of, load_model
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
@@ -36,13 +36,15 @@ class Attack:
     ids: Tensor  # (1 + prefix + scored,), end-of-text first
     nll: list[float]
     flips: list[dict[str, Any]] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)  # ids after 0, 1, ... flips
+    evaluations: int = 0  # candidates scored
     stuck: bool = False
 
 
 def attack_batch(scorer: Scorer, ids: Tensor, spec: HotFlip, allowed: Tensor) -> list[Attack]:
     """Attack the texts ids (B, 1 + prefix + scored). A text stops early when no candidate raises its loss."""
     clean = scorer.nll(ids, spec.scored_tokens).tolist()
-    attacks = [Attack(row.clone(), [nll]) for row, nll in zip(ids, clean, strict=True)]
+    attacks = [Attack(row.clone(), [nll], states=[row]) for row, nll in zip(ids, clean, strict=True)]
     for _ in range(spec.flips):
         live = [attack for attack in attacks if not attack.stuck]
         if not live:
@@ -50,6 +52,7 @@ def attack_batch(scorer: Scorer, ids: Tensor, spec: HotFlip, allowed: Tensor) ->
         _flip_each(scorer, live, spec, allowed)
     for attack in attacks:
         attack.nll += [attack.nll[-1]] * (spec.flips + 1 - len(attack.nll))
+        attack.states += [attack.states[-1]] * (spec.flips + 1 - len(attack.states))
     return attacks
 
 
@@ -61,8 +64,9 @@ def _flip_each(scorer: Scorer, attacks: Sequence[Attack], spec: HotFlip, allowed
     edited = torch.cat([_edited(attack.ids, places) for attack, places in zip(attacks, proposals, strict=True)])
     scores = scorer.nll(edited, spec.scored_tokens).split([len(places) for places in proposals])
     for attack, places, nll, slope in zip(attacks, proposals, scores, slopes, strict=True):
+        attack.evaluations += len(nll)
         best = int(nll.argmax()) if len(nll) else -1
-        if best < 0 or float(nll[best]) <= attack.nll[-1]:
+        if best < 0 or float(nll[best]) <= attack.nll[-1] + ADMITTED:
             attack.stuck = True
             continue
         place, token = places[best].tolist()
@@ -71,6 +75,7 @@ def _flip_each(scorer: Scorer, attacks: Sequence[Attack], spec: HotFlip, allowed
         attack.flips.append({"position": place, "old": old, "new": token, "predicted": float(slope[place] @ change)})
         attack.ids[1 + place] = token
         attack.nll.append(float(nll[best]))
+        attack.states.append(attack.ids.clone())
 
 
 def _proposals(scorer: Scorer, attack: Attack, slope: Tensor, spec: HotFlip, allowed: Tensor) -> Tensor:
@@ -99,39 +104,45 @@ def random_control(scorer: Scorer, ids: Tensor, text_id: str, spec: HotFlip, all
 
 
 def attack_rows(scorer: Scorer, name: str, texts: Sequence[Row], end_of_text: int, spec: HotFlip, allowed: Tensor) -> list[Row]:
-    """Attack a batch of texts {id, subset, ids}; one row a text with losses by number of flips and the controls."""
+    """Attack a batch of texts {id, subset, ids}; one row a text with losses by number of flips and the controls.
+
+    Every loss in a row is scored in fp32, whatever precision the search ran in.
+    """
+    referee = Scorer(scorer.model, "fp32")
     ids = torch.tensor([[end_of_text, *text["ids"]] for text in texts], device=scorer.device)
     attacks = attack_batch(scorer, ids, spec, allowed)
+    states = torch.stack([torch.stack(attack.states) for attack in attacks])  # (B, 1 + flips, T)
+    curves = referee.nll(states.flatten(0, 1), spec.scored_tokens).view(len(attacks), -1).tolist()
     whole = ids.shape[1] - 1
-    reference_clean = scorer.nll(ids, whole).tolist()
-    reference_attacked = scorer.nll(torch.stack([attack.ids for attack in attacks]), whole).tolist()
+    reference_clean, reference_attacked = (referee.nll(states[:, k], whole).tolist() for k in (0, -1))
     return [
         {
             "model": name,
             "text": text["id"],
             "subset": text["subset"],
-            "nll": attack.nll,
+            "nll": curve,
             "flips": attack.flips,
-            "random_nll": random_control(scorer, row, text["id"], spec, allowed),
+            "evaluations": attack.evaluations,
+            "random_nll": random_control(referee, row, text["id"], spec, allowed),
             "reference_clean": before,
             "reference_attacked": after,
         }
-        for text, row, attack, before, after in zip(texts, ids, attacks, reference_clean, reference_attacked, strict=True)
+        for text, row, attack, curve, before, after in zip(texts, ids, attacks, curves, reference_clean, reference_attacked, strict=True)
     ]
 
 
 def attack_model(
-    model: PreTrainedModel, name: str, texts: Sequence[Row], end_of_text: int, spec: HotFlip, precision: str, path: Path, stop: Stop
+    model: PreTrainedModel, name: str, texts: Sequence[Row], alphabet: Alphabet, spec: HotFlip, precision: str, path: Path, stop: Stop
 ) -> list[Row]:
     """Attack all texts on one model, with resume after every batch; returns the rows of the finished file."""
     scorer = Scorer(model, precision)
-    allowed = allowed_tokens(model.config.vocab_size, {end_of_text}, scorer.device)
+    allowed = allowed_tokens(model.config.vocab_size, alphabet.writable(), scorer.device)
     records, groups = Records(path), grouped(texts, spec.batch_size)
     pending = list(records.pending(groups))
     progress = Progress(f"HotFlip on {name}", len(groups), len(groups) - len(pending))
     for group in pending:
         stop.check()
-        records.append(attack_rows(scorer, name, group, end_of_text, spec, allowed))
+        records.append(attack_rows(scorer, name, group, alphabet.end_of_text, spec, allowed))
         progress.advance()
     progress.close()
     return read_rows(path)
@@ -167,12 +178,12 @@ def attack_stored(
 ) -> dict[str, Any]:
     """Attack stored models with the same texts and budget; write all rows to `records`; return hotflip_results.json."""
     device, spec = device_of(config.compute), config.hotflip
-    sets, end_of_text = read_attack_texts(texts)
+    sets, alphabet = read_attack_texts(texts)
     rows: list[Row] = []
     results = {}
     for name, folder in models.items():
         model = load_model(folder, device)
-        mine = attack_model(model, name, sets["hotflip"], end_of_text, spec, config.compute.precision, state / f"{name}.jsonl", stop)
+        mine = attack_model(model, name, sets["hotflip"], alphabet, spec, config.compute.precision, state / f"{name}.jsonl", stop)
         rows += mine
         results[f"{name}_pythia"] = {**summarise(mine, spec), "model_name": name}
     write_rows(records, rows)

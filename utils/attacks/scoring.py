@@ -5,13 +5,16 @@ Shapes: N edited texts, T tokens of each, S scored tokens at the end, V vocabula
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from utils.models.loading import autocast
 
+ADMITTED = 1e-6  # nats per token; a smaller gain is rounding, and no edit is accepted for it
 ROW_BUDGET = 16_384  # tokens of one forward pass; bounds memory whatever the number of candidates
 
 
@@ -35,16 +38,20 @@ class Scorer:
     def token_nll(self, ids: Tensor, scored: int) -> Tensor:
         """ids (N, T) -> (N, S) negative log-likelihood of each of the last `scored` tokens, nats."""
         self.forwards += len(ids)
-        rows = max(1, ROW_BUDGET // ids.shape[1])
-        return torch.cat([self._losses(part, self._embed(part), scored) for part in ids.split(rows)])
+        return torch.cat([self._losses(part, self._embed(part), scored) for part in self._parts(ids)])
 
     def gradient(self, ids: Tensor, scored: int, edited: slice) -> Tensor:
         """d NLL / d embedding of the tokens in `edited`: ids (N, T) -> (N, E, d), of the mean over the scored tokens."""
         self.backwards += len(ids)
+        return torch.cat([self._slope(part, scored)[:, edited] for part in self._parts(ids)])
+
+    def _slope(self, ids: Tensor, scored: int) -> Tensor:
         embedded = self._embed(ids).requires_grad_(True)
         total = self._losses(ids, embedded, scored).mean(dim=1).sum()
-        (slope,) = torch.autograd.grad(total, embedded)
-        return slope[:, edited]
+        return torch.autograd.grad(total, embedded)[0]
+
+    def _parts(self, ids: Tensor) -> tuple[Tensor, ...]:
+        return ids.split(max(1, ROW_BUDGET // ids.shape[1]))
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.embeddings[ids].detach()
@@ -69,8 +76,8 @@ def first_order_candidates(scorer: Scorer, slope: Tensor, current: Tensor, allow
     return torch.stack([best // gains.shape[1], best % gains.shape[1]], dim=1)
 
 
-def allowed_tokens(vocabulary: int, special: set[int], device: torch.device) -> Tensor:
-    """(V,) mask of the tokens an attack may write: everything but special tokens."""
-    mask = torch.ones(vocabulary, dtype=torch.bool, device=device)
-    mask[sorted(special)] = False
+def allowed_tokens(rows: int, writable: NDArray[np.int64], device: torch.device) -> Tensor:
+    """(rows,) mask of the ids that an attack may write, over the rows of the model's embedding."""
+    mask = torch.zeros(rows, dtype=torch.bool, device=device)
+    mask[torch.from_numpy(writable)] = True
     return mask

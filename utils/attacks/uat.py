@@ -22,16 +22,14 @@ from transformers import PreTrainedModel
 
 from configs.schema import UAT, Experiment
 from utils.attacks.controls import neutral_trigger, random_trigger
-from utils.attacks.scoring import Scorer, allowed_tokens, first_order_candidates
-from utils.data.attack_texts import read_attack_texts
+from utils.attacks.scoring import ADMITTED, Scorer, allowed_tokens, first_order_candidates
+from utils.data.attack_texts import Alphabet, read_attack_texts
 from utils.data.tokenizer import load_tokenizer
 from utils.models.loading import device_of, load_model
 from utils.run.artifacts import read_json, write_json
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
 from utils.run.records import Row, write_rows
-
-ADMITTED = 1e-6  # nats per token; a smaller gain is rounding
 
 
 @dataclass
@@ -49,20 +47,21 @@ class SearchState:
     backwards: int = 0
 
 
+def with_trigger(end_of_text: int, trigger: Sequence[int], texts: Tensor) -> Tensor:
+    """texts (M, S) -> (M, 1 + L + S): end-of-text, trigger, text."""
+    head = torch.tensor([end_of_text, *trigger], device=texts.device).repeat(len(texts), 1)
+    return torch.cat([head, texts], dim=1)
+
+
 class TriggerSearch:
     """The search on one model; texts are {id, ids} of equal length."""
 
     def __init__(self, scorer: Scorer, spec: UAT, end_of_text: int, allowed: Tensor) -> None:
         self.scorer, self.spec, self.end_of_text, self.allowed = scorer, spec, end_of_text, allowed
 
-    def with_trigger(self, trigger: Sequence[int], texts: Tensor) -> Tensor:
-        """texts (M, S) -> (M, 1 + L + S): end-of-text, trigger, text."""
-        head = torch.tensor([self.end_of_text, *trigger], device=texts.device).repeat(len(texts), 1)
-        return torch.cat([head, texts], dim=1)
-
     def nll(self, trigger: Sequence[int], texts: Tensor) -> Tensor:
         """(M,) mean NLL of each text's own tokens behind the trigger, nats per token."""
-        return self.scorer.nll(self.with_trigger(trigger, texts), texts.shape[1])
+        return self.scorer.nll(with_trigger(self.end_of_text, trigger, texts), texts.shape[1])
 
     def run(self, search: Tensor, select: Tensor, path: Path, after_step: Callable[[int], None]) -> dict[str, Any]:
         """All restarts; returns {trigger, search_nll, select_nll, restarts} of the one that is best on `select`.
@@ -95,7 +94,7 @@ class TriggerSearch:
     def _improve(self, state: SearchState, search: Tensor) -> None:
         """One position: gradient summed over the texts, best candidates scored exactly on all of them."""
         place = state.position
-        ids = self.with_trigger(state.trigger, search)
+        ids = with_trigger(self.end_of_text, state.trigger, search)
         slope = self.scorer.gradient(ids, search.shape[1], slice(1 + place, 2 + place)).sum(dim=0)  # (1, d)
         current = torch.tensor([state.trigger[place]], device=slope.device)
         proposed = first_order_candidates(self.scorer, slope, current, self.allowed[None], self.spec.candidates)[:, 1]
@@ -119,11 +118,12 @@ class TriggerSearch:
 
 
 def find_trigger(
-    model: PreTrainedModel, name: str, sets: dict[str, list[Row]], end_of_text: int, spec: UAT, precision: str, path: Path, stop: Stop
+    model: PreTrainedModel, name: str, sets: dict[str, list[Row]], alphabet: Alphabet, spec: UAT, precision: str, path: Path, stop: Stop
 ) -> dict[str, Any]:
     """Search the trigger of one model on the sets 'search' and 'select' of texts, with resume."""
     scorer = Scorer(model, precision)
-    search = TriggerSearch(scorer, spec, end_of_text, allowed_tokens(model.config.vocab_size, {end_of_text}, scorer.device))
+    allowed = allowed_tokens(model.config.vocab_size, alphabet.writable(), scorer.device)
+    search = TriggerSearch(scorer, spec, alphabet.end_of_text, allowed)
     texts = {kind: text_tensor(sets[kind], scorer.device) for kind in ("search", "select")}
     progress = Progress(f"trigger search on {name}", spec.restarts * spec.sweeps * spec.trigger_length)
 
@@ -141,18 +141,16 @@ def text_tensor(texts: Sequence[Row], device: torch.device) -> Tensor:
     return torch.tensor([text["ids"] for text in texts], device=device)
 
 
-def report_rows(
-    model: PreTrainedModel, name: str, texts: Sequence[Row], triggers: dict[str, list[int]], end_of_text: int, spec: UAT, precision: str
-) -> list[Row]:
+def report_rows(model: PreTrainedModel, name: str, texts: Sequence[Row], triggers: dict[str, list[int]], end_of_text: int) -> list[Row]:
     """Losses of every held-out text behind every trigger on one model; the empty trigger is 'clean'.
 
-    `nll` scores the text's own tokens; `nll_with_trigger` the trigger's tokens too, as the reference does.
+    `nll` scores the text's own tokens; `nll_with_trigger` the trigger's tokens too, as the reference does. Both are scored in
+    fp32, whatever precision the search ran in.
     """
-    scorer = Scorer(model, precision)
-    search = TriggerSearch(scorer, spec, end_of_text, allowed_tokens(model.config.vocab_size, {end_of_text}, scorer.device))
+    scorer = Scorer(model, "fp32")
     ids, rows = text_tensor(texts, scorer.device), []
     for kind, trigger in triggers.items():
-        losses = scorer.token_nll(search.with_trigger(trigger, ids), len(trigger) + ids.shape[1])
+        losses = scorer.token_nll(with_trigger(end_of_text, trigger, ids), len(trigger) + ids.shape[1])
         own, whole = losses[:, len(trigger) :].mean(dim=1).tolist(), losses.mean(dim=1).tolist()
         rows += [
             {"model": name, "trigger": kind, "text": text["id"], "subset": text["subset"], "nll": nll, "nll_with_trigger": every}
@@ -196,22 +194,22 @@ def attack_stored(
     Writes all rows to `records`; returns uat_results.json and the text of learned_triggers.csv.
     """
     device, spec, precision = device_of(config.compute), config.uat, config.compute.precision
-    sets, end_of_text = read_attack_texts(texts)
+    sets, alphabet = read_attack_texts(texts)
     words = load_tokenizer(tokenizer)
     found = {
-        name: find_trigger(load_model(folder, device), name, sets, end_of_text, spec, precision, state / f"{name}.json", stop)
+        name: find_trigger(load_model(folder, device), name, sets, alphabet, spec, precision, state / f"{name}.json", stop)
         for name, folder in models.items()
     }
     triggers = {"clean": [], "neutral": neutral_trigger(words, spec.trigger_length)}
     triggers |= {name: search["trigger"] for name, search in found.items()}
-    tokens = np.setdiff1d(np.arange(words.get_vocab_size()), [end_of_text])
     triggers |= {
-        f"random_{number}": random_trigger(spec.seed, number, spec.trigger_length, tokens, "control") for number in range(spec.controls)
+        f"random_{number}": random_trigger(spec.seed, number, spec.trigger_length, alphabet.writable(), "control")
+        for number in range(spec.controls)
     }
     rows = [
         row
         for name, folder in models.items()
-        for row in report_rows(load_model(folder, device), name, sets["report"], triggers, end_of_text, spec, precision)
+        for row in report_rows(load_model(folder, device), name, sets["report"], triggers, alphabet.end_of_text)
     ]
     write_rows(records, rows)
     results = {

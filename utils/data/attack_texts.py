@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from configs.schema import Experiment
 from utils.data.tokens import Tokens
@@ -11,6 +16,24 @@ from utils.run.artifacts import read_json, write_json
 from utils.run.errors import InputError
 
 Text = dict[str, Any]  # id, subset, ids
+
+
+@dataclass(frozen=True)
+class Alphabet:
+    """The ids that an attack may write: the tokenizer's entries without special tokens. A model may have more rows than that
+    (Pythia's embedding is padded), and an id without a token cannot be typed by anybody."""
+
+    end_of_text: int
+    entries: int
+    special: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, end_of_text: int) -> Alphabet:
+        special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        return cls(end_of_text, tokenizer.get_vocab_size(), tuple(sorted(special | {end_of_text})))
+
+    def writable(self) -> NDArray[np.int64]:
+        return np.setdiff1d(np.arange(self.entries), self.special)
 
 
 def wanted(config: Experiment) -> dict[str, tuple[int, int]]:
@@ -24,7 +47,7 @@ def wanted(config: Experiment) -> dict[str, tuple[int, int]]:
     }
 
 
-def write_attack_texts(tokens: Tokens, config: Experiment, path: Path) -> dict[str, int]:
+def write_attack_texts(tokens: Tokens, tokenizer: Tokenizer, config: Experiment, path: Path) -> dict[str, int]:
     """Cut the first tokens of attack documents, one text a document, and no document in two sets. Returns the set sizes.
 
     Of documents that begin alike (copies, licence headers) only the first is used.
@@ -46,11 +69,12 @@ def write_attack_texts(tokens: Tokens, config: Experiment, path: Path) -> dict[s
         used = {text["id"] for text in fitting}
         stock = [text for text in stock if text["id"] not in used]
         sets[name] = [{**text, "ids": text["ids"][:length]} for text in fitting]
-    write_json(path, {"end_of_text": tokens.end_of_text, "sets": sets})
+    write_json(path, {"alphabet": asdict(Alphabet.of(tokenizer, tokens.end_of_text)), "sets": sets})
     return {name: len(texts) for name, texts in sets.items()}
 
 
-def read_attack_texts(path: Path) -> tuple[dict[str, list[Text]], int]:
-    """(texts of every set, id of the end-of-text token)."""
+def read_attack_texts(path: Path) -> tuple[dict[str, list[Text]], Alphabet]:
+    """(texts of every set, what an attack may write)."""
     stored = read_json(path)
-    return stored["sets"], stored["end_of_text"]
+    alphabet = stored["alphabet"]
+    return stored["sets"], Alphabet(alphabet["end_of_text"], alphabet["entries"], tuple(alphabet["special"]))

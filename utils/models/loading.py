@@ -78,7 +78,9 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write named tensors to one safetensors file."""
+    """Write named tensors to one safetensors file; tied ones are written once for each name."""
+    first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
+    tensors = {name: tensor if first[tensor.data_ptr()] == name else tensor.clone() for name, tensor in tensors.items()}
     with disk_errors(path):
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 

@@ -44,7 +44,7 @@ class Checkpoints:
         self._prune()
 
     def newest(self) -> TrainState | None:
-        """State of the newest intact checkpoint. A damaged one is named, set aside and passed over."""
+        """State of the newest intact checkpoint. A damaged one is named, removed and passed over."""
         for path in reversed(self._paths()):
             fault = _fault(path)
             if fault is None:
@@ -54,16 +54,14 @@ class Checkpoints:
         return None
 
     def model_tensors(self, step: int) -> dict[str, Tensor]:
-        return self._load(step, "model.safetensors")
-
-    def optimizer_tensors(self, step: int) -> dict[str, Tensor]:
-        return self._load(step, "optimizer.safetensors")
-
-    def _load(self, step: int, name: str) -> dict[str, Tensor]:
         path = self._path(step)
         if fault := _fault(path):
             raise InputError(f"checkpoint of step {step}: {fault}; run the stage again with --discard")
-        return load_file(path / name)
+        return load_file(path / "model.safetensors")
+
+    def optimizer_tensors(self, step: int) -> dict[str, Tensor]:
+        """To be called right after `newest` or `model_tensors`, which check the whole checkpoint."""
+        return load_file(self._path(step) / "optimizer.safetensors")
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
@@ -74,13 +72,14 @@ class Checkpoints:
     def _prune(self) -> None:
         """Keep the last ones, and the best one that each of them points to."""
         last = self._paths()[-self.keep_last :]
-        kept = set(last) | {self._path(read_json(path / "state.json")["best_step"]) for path in last if not _fault(path)}
+        kept = set(last) | {self._path(read_json(path / "state.json")["best_step"]) for path in last if (path / "state.json").is_file()}
         for path in self._paths():
             if path not in kept:
                 remove(path)
 
 
 def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is intact."""
     try:
         manifest: dict[str, Any] = read_json(path / "manifest.json")
         return damage(path, manifest["files"])

@@ -120,6 +120,9 @@ class Data(Section):
     def _check(self) -> Data:
         if (self.source == "embedded") != (self.embedded is not None) or (self.source == "files") != (self.files is not None):
             raise ValueError(f"source={self.source!r} needs the section data.{self.source} and no other")
+        for key in ("train_tokens", "validation_tokens"):
+            if getattr(self, key) <= self.sequence_length:
+                raise ValueError(f"{key}={getattr(self, key)} gives no sequence; expected more than sequence_length={self.sequence_length}")
         return self
 
 

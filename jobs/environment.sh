@@ -1,12 +1,24 @@
 # Sourced, not run. Sets $PYTHON to an interpreter that has the needed packages:
 # the active one if it has them, else .venv, which is made from requirements.txt on first use.
 
-needed="torch transformers tokenizers safetensors numpy pandas scipy matplotlib pydantic yaml tqdm zstandard pytest pytest_cov"
+needed="torch>=2.9 transformers>=5.0 tokenizers>=0.22 safetensors>=0.5 huggingface-hub>=1.0 numpy>=2.0 pandas>=2.2 scipy>=1.15
+matplotlib>=3.9 pydantic>=2.10 PyYAML>=6.0 tqdm>=4.60 zstandard>=0.22 pytest>=8.0 pytest-cov>=5.0"
 
 has_packages() {
+    # shellcheck disable=SC2086 # one argument a package
     "$1" - $needed <<'PY' 2>/dev/null
-import importlib.util, sys
-sys.exit(sys.version_info < (3, 10) or any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))
+import sys
+from importlib import metadata
+
+def have(requirement):
+    name, least = requirement.split(">=")
+    found = metadata.version(name).split(".")[:2]
+    return [int(part) for part in found] >= [int(part) for part in least.split(".")]
+
+try:
+    sys.exit(sys.version_info < (3, 10) or not all(have(requirement) for requirement in sys.argv[1:]))
+except (metadata.PackageNotFoundError, ValueError):
+    sys.exit(1)
 PY
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 
@@ -54,7 +55,7 @@ def experiment(options: argparse.Namespace) -> Experiment:
     """The resolved configuration. Raises ConfigError."""
     overrides = list(options.overrides)
     if options.run_name is not None:
-        overrides.append(f"run_name='{options.run_name}'")
+        overrides.append(f"run_name={json.dumps(options.run_name)}")
     if options.seeds is not None:
         overrides.append(f"seeds=[{options.seeds}]")
     return load(options.config, overrides)

@@ -9,10 +9,12 @@ def run(ctx: Context) -> None:
     from utils.data.tokenise import token_cache
     from utils.data.tokenizer import load_tokenizer
     from utils.data.tokens import Tokens
+    from utils.models.facts import setup_facts
+    from utils.models.loading import device_of
     from utils.run.artifacts import link_or_copy, read_json, write_json
     from utils.training.base import base_cache
-    from utils.training.facts import setup_facts
 
+    device_of(ctx.config.compute)  # refuses a missing GPU before hours of work
     tokens = token_cache(ctx.config, ctx.folders.cache, ctx.stop)
     words = load_tokenizer(tokens / "tokenizer")
     sets = write_attack_texts(Tokens(tokens / "tokens" / "attack"), words, ctx.config, ctx.write("attack_texts"))

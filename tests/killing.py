@@ -41,11 +41,14 @@ def start(config: Experiment, number: int, output: Path) -> int:
 
 
 def killed_until_done(config: Experiment, number: int, seconds: float, kills: int, chance: random.Random, output: Path) -> int:
-    """Run a stage, killing it `kills` times at a uniform moment of its duration; returns how many kills hit it at work."""
+    """Run a stage, killing it `kills` times at a uniform moment of its duration; returns how many kills hit it at work.
+
+    The first moment is in the first half, so that at least one kill hits where other work makes `seconds` an overestimate.
+    """
     hits = 0
-    for _ in range(kills):
+    for turn in range(kills):
         child = start(config, number, output)
-        time.sleep(chance.uniform(0.0, seconds))
+        time.sleep(chance.uniform(0.0, seconds if turn else seconds / 2))
         ended, _status = os.waitpid(child, os.WNOHANG)
         if ended:
             break

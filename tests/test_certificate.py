@@ -113,3 +113,11 @@ def test_the_norm_in_front_makes_the_order_vacuous_and_is_said() -> None:
         differences = (outputs[:, None] - outputs[None]) / ffn.norm.weight.double()
         off_diagonal = differences[~torch.eye(200, dtype=torch.bool)]
         assert bool((off_diagonal.min(dim=1).values < 0).all())  # no two outputs are comparable
+
+
+def test_an_order_behind_a_negative_gain_is_not_called_vacuous() -> None:
+    model = small_model()
+    assert certify(model, "mlp_both", torch.float32)["vacuous"] is True
+    with torch.no_grad():
+        feed_forward(model)[1].norm.weight[3] = -0.5
+    assert certify(model, "mlp_both", torch.float32)["vacuous"] is False

@@ -136,3 +136,12 @@ def test_a_needed_one_that_is_damaged_says_what_to_do(tmp_path: Path) -> None:
         checkpoints.model_tensors(4)
     with pytest.raises(InputError, match=r"checkpoint of step 7: its manifest is not readable .*not found"):
         checkpoints.model_tensors(7)
+
+
+def test_one_whose_best_is_damaged_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise the run would train to the end and only then miss its best model."""
+    checkpoints = saved(tmp_path, {2: 2, 4: 4, 6: 4})
+    (tmp_path / "step_00000004" / "model.safetensors").write_bytes(b"x")
+    found = checkpoints.newest()
+    assert found is None or found.best_step != 4
+    assert "step_00000006 is damaged and passed over" in capsys.readouterr().out

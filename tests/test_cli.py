@@ -64,7 +64,7 @@ BAD = [
     (["--set", "training"], ["--set 'training': expected section.key=value"]),
     (["--run-name", "a b"], ["run_name: found 'a b'", "match pattern"]),
     (["--run-name", ""], ["run_name: found ''", "match pattern"]),
-    (["--run-name", "it's"], ["run_name='it's'"]),
+    (["--run-name", "it's"], ['run_name: found "it\'s"', "match pattern"]),
     (["--seeds", "1,x"], ["seeds.1: found 'x'", "valid integer"]),
     (["--seeds", "1,1"], ["names a seed twice"]),
     (["--seeds", "-1"], ["seeds.0: found -1"]),

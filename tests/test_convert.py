@@ -114,7 +114,7 @@ def test_a_stored_model_is_converted_certified_and_logged(stored: dict[str, Path
     assert log["min_weight"] == min(float(weight.min()) for weight in entries) == 0
     assert log["max_weight"] == max(float(weight.max()) for weight in entries)
     assert log["num_parameters_before"] == log["num_parameters_after"] == sum(p.numel() for p in base.parameters())
-    assert log["ffn_parameters"] == 2 * 2 * 16 * 24 and log["num_ffn_modules"] == 4 and log["ffn_modules"] == sorted(MAPS)
+    assert log["ffn_parameters"] == 2 * (2 * 16 * 24 + 16 + 24) and log["num_ffn_modules"] == 4 and log["ffn_modules"] == sorted(MAPS)
     assert log["ffn_percentage"] == 100 * log["ffn_parameters"] / log["num_parameters_before"]
     assert log["all_weights_non_negative"] and log["ffn_monotone"] and log["seed"] == 42
     stream = Tokens(stored["validation_tokens"]).ids.astype(np.int64)

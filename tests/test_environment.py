@@ -14,6 +14,7 @@ import torch
 
 from configs.schema import Paths
 from utils.run import environment
+from utils.run.errors import InputError
 from utils.run.folders import Folders
 
 
@@ -84,3 +85,8 @@ def test_configured_folders_win_and_are_absolute(monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     folders = Folders.of(Paths(work=Path("w"), results=Path("/r"), cache=Path("c/../d")), "mine")
     assert (folders.work, folders.results, folders.cache) == (tmp_path / "w", Path("/r"), tmp_path / "d")
+
+
+def test_a_home_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(InputError, match=r"paths: ~nobody-of-this-name/x: .*; write the folder out"):
+        Folders.of(Paths(work=Path("~nobody-of-this-name/x")), "run")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tests.builders import small_model
 from utils.models.ffn import constrained_weights, feed_forward, ffn_parameters, set_activation
@@ -37,8 +37,16 @@ def test_the_parts_compose_to_the_sublayer() -> None:
         assert torch.equal(seen[0], normed[0])  # the norm feeds the sublayer
 
 
-def test_ffn_parameters_are_the_two_matrices_of_each_layer() -> None:
-    assert ffn_parameters(small_model()) == 2 * 2 * 16 * 24
+def test_ffn_parameters_are_matrices_and_biases_of_each_layer() -> None:
+    assert ffn_parameters(small_model()) == 2 * (2 * 16 * 24 + 16 + 24)
+
+
+def test_ffn_parameters_of_pythia_are_the_published_number() -> None:
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 16, "vocab_size": 50304}
+    with torch.device("meta"):
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, max_position_embeddings=2048))
+    assert ffn_parameters(model) == 805_552_128  # also the figure of the public reference
+    assert model.num_parameters() == 1_414_647_808
 
 
 def test_an_activation_is_set_in_layers_and_configuration() -> None:

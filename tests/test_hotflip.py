@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from configs.schema import Experiment, HotFlip
 from tests.tiny_models import VOCABULARY, Planted, blind_model, deaf_model, random_ids, random_model, slow_nll
-from utils.attacks.hotflip import Attack, attack_batch, attack_model, attack_rows, random_control, summarise
+from utils.attacks.hotflip import Attack, attack_batch, attack_model, attack_rows, paired_tests, random_control, summarise
 from utils.attacks.scoring import Scorer, allowed_tokens, first_order_candidates
 from utils.data.attack_texts import Alphabet
 from utils.models.loading import load_model
@@ -251,3 +251,14 @@ def test_stored_results_follow_from_the_stored_models(finished: Path, tiny: Expe
         facts = results["results"][f"{name}_pythia"]
         assert facts["avg_degradation"] == pytest.approx(np.mean([row["nll"][-1] - row["nll"][0] for row in mine]))
         assert facts["model_name"] == name
+
+
+def test_paired_tests_against_scipy_and_by_hand() -> None:
+    rises = {"baseline": [0.1, 0.5, 0.6, 0.7, 0.2], "monotonic": [0.1, 0.3, 0.1, 0.8, 0.1]}
+    made = [{"model": name, "nll": [1.0, 1.0 + rise]} for name, values in rises.items() for rise in values]
+    tests = paired_tests(made, "baseline", "monotonic", 0.4)
+    assert tests["mean_difference"] == pytest.approx(-0.14)
+    assert (tests["success_of_baseline_only"], tests["success_of_monotonic_only"], tests["mcnemar_p_value"]) == (2, 0, 0.5)
+    assert tests["wilcoxon_p_value"] == pytest.approx(2 * 3 / 16)  # 3 of 16 sign patterns give a sum of positive ranks up to 1.5
+    same = paired_tests([{"model": name, "nll": [1.0, 2.0]} for name in ("a", "b") for _ in range(3)], "a", "b", 0.4)
+    assert (same["wilcoxon_p_value"], same["mcnemar_p_value"]) == (1.0, 1.0)

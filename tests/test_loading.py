@@ -28,6 +28,7 @@ from utils.models.loading import (
     save_tensors,
     scratch_model,
 )
+from utils.run.artifacts import published
 from utils.run.errors import InputError
 
 IDS = torch.arange(40).reshape(2, 20)
@@ -150,8 +151,16 @@ def test_a_local_folder_is_a_published_model(folder: Path) -> None:
 
 
 def test_a_writer_error_is_the_operating_system_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        save_tensors({"a": torch.ones(2)}, tmp_path / "missing" / "a.safetensors")
+    with pytest.raises(FileNotFoundError) as caught, published(tmp_path / "model") as aside:
+        save_tensors({"a": torch.ones(2)}, aside / "missing" / "a.safetensors")
+    assert caught.value.filename == str(tmp_path / "model")
+
+
+def test_tied_tensors_are_written_under_both_names(tmp_path: Path) -> None:
+    tied = torch.arange(4.0)
+    save_tensors({"a": tied, "b": tied, "c": torch.ones(2)}, tmp_path / "a.safetensors")
+    stored = load_file(tmp_path / "a.safetensors")
+    assert stored.keys() == {"a", "b", "c"} and torch.equal(stored["b"], tied)
 
 
 def test_an_untrained_model_depends_on_its_seed_alone(tiny: Experiment) -> None:

@@ -295,7 +295,7 @@ def test_a_diverged_loss_names_its_step(bench: Bench) -> None:
             run.model.get_output_embeddings().weight.data[0, 0] = math.nan
 
     run = bench.run(Each(ruin))
-    with pytest.raises(WorkFailed, match=r"^step 5: loss nan, gradient norm nan; lower the learning rate \(now 0\.0\d+\) and run again$"):
+    with pytest.raises(WorkFailed, match=r"^step 5: loss nan, gradient norm nan; lower the learning rate \(now 0\.0\d+\) and run with"):
         train(run)
     state = Checkpoints(run.state_folder, 2).newest()
     assert state is not None

@@ -44,4 +44,3 @@ def test_mixture() -> None:
     assert float(mixed(cross_entropy, divergence, 0.25)) == pytest.approx(0.75 * 4 + 0.25 * 1)
     assert float(mixed(cross_entropy, divergence, 0.0)) == 4.0
     assert float(mixed(cross_entropy, divergence, 1.0)) == 1.0
-    assert mixed(cross_entropy, None, 0.5) is cross_entropy

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from configs.schema import Experiment, Monotone, Training
 from tests.tiny_models import random_model, slow_nll, write_tokens
 from utils.data.tokens import PackedBatches, Tokens
+from utils.models.facts import setup_facts
 from utils.models.loading import load_model, save_model
 from utils.run.errors import StoppedInTime, WorkFailed
 from utils.run.preemption import Stop
 from utils.training import loop, recovery
 from utils.training.base import base_cache
-from utils.training.facts import setup_facts
 from utils.training.recovery import Files, recover
 
 REFERENCE_FIELDS = {
@@ -205,7 +205,7 @@ def scratch(tiny: Experiment, tmp_path: Path) -> tuple[Experiment, Path]:
     content = tmp_path / "token-cache" / "content"
     write_tokens(content / "tokens" / "train", 200)
     write_tokens(content / "tokens" / "validation", 60, seed=1)
-    (content.parent / "manifest.json").write_text("{}")
+    (content.parent / "manifest.json").write_text('{"files": {"tokens/train/tokens.bin": 1, "tokens/attack/tokens.bin": 1}}')
     return tiny.model_copy(update={"model": tiny.model.model_copy(update={"scratch": shape})}), content
 
 
@@ -246,11 +246,11 @@ def test_setup_facts(tiny: Experiment, stored: Path, monkeypatch: pytest.MonkeyP
     facts = setup_facts(tiny, 7, stored / "base")
     assert set(facts) >= SETUP_FIELDS
     assert facts["num_parameters"] == sum(tensor.numel() for tensor in load_file(stored / "base" / "model.safetensors").values())
-    assert facts["ffn_parameters"] == 2 * 2 * 16 * 32
+    assert facts["ffn_parameters"] == 2 * (2 * 16 * 32 + 16 + 32)
     assert facts["ffn_percentage"] == pytest.approx(100 * facts["ffn_parameters"] / facts["num_parameters"])
     assert (facts["seed"], facts["device"], facts["max_seq_length"]) == (7, "cpu", tiny.data.sequence_length)
     card = SimpleNamespace(name="a card", total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
-    monkeypatch.setattr("utils.training.facts.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("utils.models.facts.torch.cuda.is_available", lambda: True)
     with_card = setup_facts(tiny, 7, stored / "base")
     assert (with_card["gpu_name"], with_card["gpu_memory_gb"]) == ("a card", 80)

@@ -161,7 +161,7 @@ def test_more_robust_follows_from_the_records(study: Study, gap: float, more_rob
     assert finding(flips, "HotFlip: rise").endswith(f"more robust: {more_robust}.")
     assert key_findings(flips)["most_robust_hotflip"] == more_robust
     triggers = with_trigger_gap(study, gap)
-    assert finding(triggers, "Trigger: ").endswith(f"more robust: {more_robust}.")
+    assert f"more robust: {more_robust} (one search for each model and seed" in finding(triggers, "Trigger: ")
     assert key_findings(triggers)["most_robust_uat"] == more_robust
 
 
@@ -171,8 +171,18 @@ HIGH, LOW = 0.5, 0.01
 @pytest.mark.parametrize(
     ("baseline", "monotonic", "percent", "words"),
     [
-        (4, 3, 25.0, "66.7 % of the texts for the baseline, 50.0 % for the monotonic model; 25.0 % lower, relatively."),
-        (2, 3, -50.0, "33.3 % of the texts for the baseline, 50.0 % for the monotonic model; 50.0 % higher, relatively."),
+        (
+            4,
+            3,
+            25.0,
+            "of the texts for the baseline, 50.0 % for the monotonic model; 25.0 % lower, relatively (exact McNemar, p by seed: 1).",
+        ),
+        (
+            2,
+            3,
+            -50.0,
+            "of the texts for the baseline, 50.0 % for the monotonic model; 50.0 % higher, relatively (exact McNemar, p by seed: 1).",
+        ),
         (3, 3, 0.0, "50.0 % of the texts for the baseline, 50.0 % for the monotonic model; no change."),
         (0, 2, None, "33.3 % for the monotonic model; the baseline has none, so there is nothing to reduce."),
     ],

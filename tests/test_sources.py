@@ -131,3 +131,18 @@ def test_units_are_spread_evenly_and_depend_on_the_key_alone() -> None:
     assert all(0 <= value < 1 for value in drawn)
     assert all(abs(sum(value < edge for value in drawn) / 4000 - edge) < 0.03 for edge in (0.1, 0.5, 0.9))
     assert unit("key 7") == drawn[7]
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a\\ud800b", "meta": {"pile_set_name": "\\udfff"}}\n')
+    assert list(pile_rows(path)) == [("a?b", "?")]
+
+
+def test_a_hub_file_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    files = Files(repository="nobody/nothing", train=("a.jsonl",), validation=("b.jsonl",), test=("c.jsonl",))
+    data = Data(source="files", files=files, sequence_length=4, train_tokens=9, validation_tokens=9, test_tokens=9)
+    with pytest.raises(InputError, match=r"'a\.jsonl' of the hub dataset 'nobody/nothing', revision 'main', cannot be had"):
+        next(rows(data, "train"))

@@ -16,9 +16,12 @@ import pytest
 
 from configs.presets import load
 from tests.fake_stages import NUMBERS, PIPELINE, ROOT, SQUARES, SQUARES_OF_42, TINY, TOTAL, StopAt, contents, folder_of, in_child, run
+from utils.run.artifacts import write_text
 from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, WorkFailed
+from utils.run.folders import Folders
 from utils.run.lock import locked
-from utils.run.stage import Context, set_aside
+from utils.run.preemption import Stop
+from utils.run.stage import Context, Stage, run_stage, set_aside
 from utils.run.status import status_table
 
 
@@ -343,3 +346,26 @@ def test_status_tells_complete_begun_damaged_and_not_begun(own_folders: Path) ->
     assert states["stage 1 squares, seed 42"] == "begun, 1 start(s), checkpoint step_00000010"
     assert states["stage 1 squares, seed 7"] == states["stage 2 total"] == "not begun"
     assert contents(own_folders) == before
+
+
+def test_an_input_made_from_older_work_is_refused(own_folders: Path) -> None:
+    """A -> B -> C where C reads both: remaking A leaves B out of date, and C must not mix them."""
+
+    def write(text: str) -> Callable[[Context], None]:
+        return lambda ctx: write_text(next(ctx.folder / path for path in ctx.writes.values()), text)
+
+    def pipeline(first: str, version: int = 1) -> list[Stage]:
+        a = Stage(0, "a", "make a", (), {"a": "a.txt"}, (), write(first), version)
+        b = Stage(1, "b", "make b", ("a",), {"b": "b.txt"}, (), write("b"))
+        return [a, b, Stage(2, "c", "make c", ("a", "b"), {"c": "c.txt"}, (), write("c"))]
+
+    config = load("mini")
+    before, after, newer = pipeline("old"), pipeline("new"), pipeline("old", version=2)
+    assert [run_stage(stage, config, 42, before, Stop()) for stage in before[:2]] == [0, 0]
+    assert run_stage(newer[2], config, 42, newer, Stop()) == 2
+    folder = before[0].folder(Folders.of(config.paths, config.run_name), 42)
+    set_aside(folder)
+    assert run_stage(after[0], config, 42, after, Stop()) == 0
+    assert run_stage(after[2], config, 42, after, Stop()) == 2
+    assert run_stage(after[1], config, 42, after, Stop(), discard=True) == 0
+    assert run_stage(after[2], config, 42, after, Stop()) == 0

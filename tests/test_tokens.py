@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,18 @@ def test_too_few_tokens_are_refused(counting: Tokens) -> None:
     assert PackedBatches(counting, 120, seed=1).count == 1
     with pytest.raises(InputError, match=r"counting: found 121 tokens, expected at least 122 \(sequence_length \+ 1\)"):
         PackedBatches(counting, 121, seed=1)
+
+
+def test_a_limit_that_leaves_room_for_one_token_reads_no_further(tmp_path: Path) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Row]:
+        nonlocal taken
+        while taken < 100_000:
+            taken += 1
+            yield Row("a b c d", "prose", "train")
+
+    tokenizer = Tokenizer(models.WordLevel({"<e>": 0, "a": 1, "b": 2, "c": 3, "d": 4}, unk_token="a"))  # noqa: S106 - no password
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    counts = write_split(tmp_path / "train", endless(), tokenizer, 0, 11)
+    assert counts["tokens"] == 10 and taken < 1000

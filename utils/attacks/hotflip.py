@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -173,6 +174,20 @@ def summarise(rows: Sequence[Row], spec: HotFlip) -> dict[str, Any]:
     }
 
 
+def paired_tests(rows: Sequence[Row], first: str, second: str, threshold: float) -> dict[str, Any]:
+    """Rise of `second` minus `first` on the same texts: Wilcoxon signed-rank, and exact McNemar on success at the threshold."""
+    rise = {name: np.array([row["nll"][-1] - row["nll"][0] for row in rows if row["model"] == name]) for name in (first, second)}
+    difference = rise[second] - rise[first]
+    won, lost = (int(((rise[a] > threshold) & (rise[b] <= threshold)).sum()) for a, b in ((first, second), (second, first)))
+    return {
+        "mean_difference": float(difference.mean()),
+        "wilcoxon_p_value": float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0,
+        f"success_of_{first}_only": won,
+        f"success_of_{second}_only": lost,
+        "mcnemar_p_value": float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0,
+    }
+
+
 def attack_stored(
     config: Experiment, seed: int, *, models: dict[str, Path], texts: Path, state: Path, records: Path, stop: Stop
 ) -> dict[str, Any]:
@@ -188,4 +203,10 @@ def attack_stored(
         results[f"{name}_pythia"] = {**summarise(mine, spec), "model_name": name}
     write_rows(records, rows)
     attack = {"num_flips": spec.flips, "num_samples": spec.texts, "success_threshold": spec.threshold_nats}
-    return {"seed": seed, "attack_config": attack | spec.model_dump(mode="json"), "results": results, "loss_unit": UNIT}
+    return {
+        "seed": seed,
+        "attack_config": attack | spec.model_dump(mode="json"),
+        "results": results,
+        "statistical_tests": {"baseline_vs_monotonic": paired_tests(rows, "baseline", "monotonic", spec.threshold_nats)},
+        "loss_unit": UNIT,
+    }

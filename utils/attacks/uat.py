@@ -125,7 +125,9 @@ def find_trigger(
     allowed = allowed_tokens(model.config.vocab_size, alphabet.writable(), scorer.device)
     search = TriggerSearch(scorer, spec, alphabet.end_of_text, allowed)
     texts = {kind: text_tensor(sets[kind], scorer.device) for kind in ("search", "select")}
-    progress = Progress(f"trigger search on {name}", spec.restarts * spec.sweeps * spec.trigger_length)
+    stored = SearchState(**read_json(path)) if path.exists() else SearchState()
+    done = (stored.restart * spec.sweeps + stored.sweep) * spec.trigger_length + stored.position
+    progress = Progress(f"trigger search on {name}", spec.restarts * spec.sweeps * spec.trigger_length, done)
 
     def after_step(positions: int) -> None:
         progress.advance(positions)

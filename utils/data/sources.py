@@ -27,7 +27,7 @@ class Row:
 
 
 def describe(data: Data) -> dict[str, Any]:
-    """What identifies the text of a source, for the cache: package versions, or names, sizes and checksums of files."""
+    """What identifies the text of a source, for the cache: package versions, or names, sizes and times of files."""
     if data.embedded:
         return {"embedded": data.embedded.model_dump(mode="json"), "packages": embedded.package_versions(data.embedded.packages)}
     assert data.files is not None
@@ -72,8 +72,15 @@ def _fetch(files: Files, name: str) -> Path:
     if files.repository is None:
         return existing(Path(name))
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return Path(hf_hub_download(files.repository, name, repo_type="dataset", revision=files.revision))
+    try:
+        return Path(hf_hub_download(files.repository, name, repo_type="dataset", revision=files.revision))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(
+            f"data.files: {name!r} of the hub dataset {files.repository!r}, revision {files.revision!r}, cannot be had: "
+            f"{str(error).splitlines()[0]}. Check name, network and access, or give local files"
+        ) from None
 
 
 def existing(path: Path) -> Path:
@@ -96,10 +103,15 @@ def _row(line: str, place: str) -> tuple[str, str]:
         row = json.loads(line)
         text, subset = row["text"], (row.get("meta") or {}).get("pile_set_name", "unknown")
         if isinstance(text, str) and isinstance(subset, str):
-            return text, subset
+            return _utf8(text), _utf8(subset)
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise InputError(f'{place}: found {line[:60]!r}, expected {{"text": ..., "meta": {{"pile_set_name": ...}}}}; repair or remove the line')
+
+
+def _utf8(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no encoding can hold; it becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -18,12 +18,14 @@ from utils.run.cache import cached
 from utils.run.errors import InputError
 from utils.run.preemption import Stop
 
+VERSION = 1  # raise it when a change of this package changes the tokens
+
 
 def token_cache(config: Experiment, root: Path, stop: Stop) -> Path:
     """Folder with tokenizer/, tokens/{test,attack,validation,train} and counts.json, built if it is not there."""
     shape, limits = config.model.scratch, _limits(config)
     identity: dict[str, Any] = {"train here": shape.vocabulary} if shape else published_identity(config.model)
-    description = {"source": describe(config.data), "tokenizer": identity, "limits": limits}
+    description = {"version": VERSION, "source": describe(config.data), "tokenizer": identity, "limits": limits}
 
     def build(target: Path, state: Path) -> None:
         if shape:

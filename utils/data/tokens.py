@@ -35,7 +35,7 @@ def write_split(
     progress = Progress(f"tokenise {folder.name}", limit)
     stream = iter(rows)
     with (folder / "tokens.bin").open("wb") as handle:
-        while total < limit and (batch := list(islice(stream, ENCODE_ROWS))):
+        while limit - total >= 2 and (batch := list(islice(stream, ENCODE_ROWS))):
             for row, encoding in zip(batch, tokenizer.encode_batch([row.text for row in batch], add_special_tokens=False), strict=True):
                 room = limit - total
                 if room < 2:

@@ -158,6 +158,7 @@ def evaluate_stored(
             "model_name": config.model.name,
             "context": config.evaluate.context,
             "stride": config.evaluate.stride,
+            "precision": config.compute.precision,
             "unigram_loss": unigram,
             "unigram_perplexity": math.exp(unigram),
             "loss_unit": "nats per token, weighted by token; every token of a document scored once",

@@ -19,16 +19,17 @@ def certify(model: PreTrainedModel, scope: str, dtype: torch.dtype) -> dict[str,
     `constraint_holds`: every matrix in the scope has no negative (or NaN) entry after the cast to `dtype`.
     `ffn_monotone`: every feed-forward sublayer N(x) = W2 s(W1 x + b1) + b2 is non-decreasing in the product order on all of
     R^d. Sufficient and checked exactly: W1 >= 0, W2 >= 0, and s non-decreasing in the implementation that runs.
-    `vacuous`: the input comes from a mean-subtracting LayerNorm. No two different outputs of it (with positive gains) are
-    comparable in the product order, and a shift along the all-ones direction gives an unconstrained model the same property
-    without changing its function. A certificate in this order then restricts nothing that can occur (docs/METHOD.md).
+    `vacuous`: the input comes from a mean-subtracting LayerNorm with positive gains. No two different outputs of it are
+    comparable in the product order, and a shift along the all-ones direction makes the matrices of an unconstrained model
+    non-negative without changing its function. A certificate in this order then restricts nothing that can occur
+    (docs/METHOD.md).
     """
     scoped = {name: _facts(linear, dtype) for name, linear in constrained_weights(model, scope).items()}
     layers = [_layer(ffn, dtype) for ffn in feed_forward(model)]
     return {
         "constraint_holds": all(facts["negative"] == 0 for facts in scoped.values()),
         "ffn_monotone": all(layer["monotone"] for layer in layers),
-        "vacuous": all(layer["mean_subtracting_norm"] for layer in layers),
+        "vacuous": all(layer["mean_subtracting_norm"] and layer["smallest_norm_gain"] > 0 for layer in layers),
         "order": "product order on the input of the feed-forward sublayer",
         "covers": "the feed-forward sublayers only; LayerNorm and attention are not monotone",
         "scope": scope,
@@ -49,7 +50,7 @@ def _facts(linear: nn.Linear, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _layer(ffn: FFN, dtype: torch.dtype) -> dict[str, Any]:
-    falls, deepest = decreases(ffn.activation, dtype)
+    falls, deepest = decreases(ffn.activation, dtype, ffn.linear_in.weight.device)
     reasons = []
     if falls:
         reasons.append(f"the activation {type(ffn.activation).__name__} decreases ({falls} places, by up to {deepest:.3g})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -75,6 +75,5 @@ def constrained_weights(model: PreTrainedModel, scope: str) -> dict[str, nn.Line
 
 
 def ffn_parameters(model: PreTrainedModel) -> int:
-    """Number of entries of the feed-forward matrices (biases not counted)."""
-    maps: list[Tensor] = [weight for ffn in feed_forward(model) for weight in (ffn.linear_in.weight, ffn.linear_out.weight)]
-    return sum(weight.numel() for weight in maps)
+    """Number of entries of all feed-forward matrices and biases."""
+    return sum(parameter.numel() for ffn in feed_forward(model) for parameter in ffn.module.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -63,8 +62,8 @@ def _read(source: Path | str, **options: Any) -> PreTrainedModel:
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Write config.json and the weights that run as safetensors, under the published names, so that any tool loads them."""
-    with published(folder) as aside, disk_errors(folder):
+    """Write config.json and the weights that run as safetensors, under the published names of the architecture."""
+    with published(folder) as aside:
         model.save_pretrained(aside, state_dict=plain_state(model))
 
 
@@ -81,22 +80,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write named tensors to one safetensors file; tied ones are written once for each name."""
     first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
     tensors = {name: tensor if first[tensor.data_ptr()] == name else tensor.clone() for name, tensor in tensors.items()}
-    with disk_errors(path):
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-
-
-class disk_errors:  # noqa: N801 - reads as a statement
-    """Turn the safetensors writer's error into the OSError it hides."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SafetensorError) and (code := re.search(r"os error (\d+)", str(error))):
-            raise OSError(int(code[1]), str(error), str(self.path)) from error
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def scratch_model(shape: Scratch, end_of_text: int) -> PreTrainedModel:

@@ -57,10 +57,12 @@ def robustness(study: Study) -> Figure:
         texts = study.flips[study.flips["model"] == model].groupby("text")["nll"]
         curves = np.stack([np.mean(losses.tolist(), axis=0) for _, losses in texts])  # seeds averaged by text, as in the tables
         rises = curves - curves[:, :1]
-        half = 1.96 * rises.std(axis=0, ddof=1) / np.sqrt(len(rises)) if len(rises) > 1 else np.zeros(rises.shape[1])
+        estimates = [study.interval_of(column) for column in rises.T]
         budget, middle = np.arange(rises.shape[1]), rises.mean(axis=0)
         axes[0].plot(budget, middle, color=COLOURS[model], marker="o", markersize=4, label=model)
-        axes[0].fill_between(budget, middle - half, middle + half, color=COLOURS[model], alpha=0.15, linewidth=0)
+        if all(estimate.low is not None for estimate in estimates):
+            low, high = ([getattr(estimate, bound) for estimate in estimates] for bound in ("low", "high"))
+            axes[0].fill_between(budget, low, high, color=COLOURS[model], alpha=0.15, linewidth=0)
     _dress(axes[0], "HotFlip", "flipped tokens", "rise, nats per untouched token")
     axes[0].legend(frameon=False)
     kinds = {

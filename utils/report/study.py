@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from configs.schema import Experiment
 from utils.report.statistics import Estimate, mcnemar, mean, perplexity, weighted_mean
@@ -52,6 +53,10 @@ class Study:
     def _resampling(self) -> dict[str, Any]:
         return {"confidence": self.config.report.confidence, "draws": self.config.report.bootstrap_draws}
 
+    def interval_of(self, values: ArrayLike) -> Estimate:
+        """Mean of one value a text, with the report's interval."""
+        return mean(values, **self._resampling)
+
     def nll(self, model: str, subset: str | None = None) -> Estimate:
         """Nats per token of a model, seeds averaged by document."""
         nats, tokens = self._document_nats(model, subset)
@@ -76,11 +81,11 @@ class Study:
 
     def flip_rise(self, model: str, column: str = "rise") -> Estimate:
         """Rise under HotFlip (or 'random_rise'), nats per untouched token, seeds averaged by text."""
-        return mean(self._by_text(self.flips, model, column), **self._resampling)
+        return self.interval_of(self._by_text(self.flips, model, column))
 
     def flip_difference(self) -> Estimate:
         """HotFlip's rise, monotonic minus baseline, paired by text."""
-        return mean(self._by_text(self.flips, "monotonic", "rise") - self._by_text(self.flips, "baseline", "rise"), **self._resampling)
+        return self.interval_of(self._by_text(self.flips, "monotonic", "rise") - self._by_text(self.flips, "baseline", "rise"))
 
     def flip_success(self, model: str) -> float:
         """Share of texts (over all seeds) whose rise exceeds the common threshold."""
@@ -104,12 +109,12 @@ class Study:
 
     def trigger_rise(self, model: str, trigger: str, zero: str = "clean") -> Estimate:
         """Held-out rise of `model` under a trigger against another (no trigger by default), nats per token of the text."""
-        return mean(self._trigger_nll(model, trigger) - self._trigger_nll(model, zero), **self._resampling)
+        return self.interval_of(self._trigger_nll(model, trigger) - self._trigger_nll(model, zero))
 
     def trigger_difference(self) -> Estimate:
         """Rise under the own trigger, monotonic minus baseline, paired by text."""
         own = {model: self._trigger_nll(model, model) - self._trigger_nll(model, "clean") for model in ("baseline", "monotonic")}
-        return mean(own["monotonic"] - own["baseline"], **self._resampling)
+        return self.interval_of(own["monotonic"] - own["baseline"])
 
     def _trigger_nll(self, model: str, trigger: str) -> pd.Series:
         kinds = self.triggers["trigger"]

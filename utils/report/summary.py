@@ -183,7 +183,8 @@ def _success_line(study: Study) -> str:
     elif change == 0:
         words = "no change"
     else:
-        words = f"{abs(change):.1f} % {'lower' if change > 0 else 'higher'}, relatively"
+        tests = ", ".join(f"{test['p']:.2g}" for test in study.flip_mcnemar().values())
+        words = f"{abs(change):.1f} % {'lower' if change > 0 else 'higher'}, relatively (exact McNemar, p by seed: {tests})"
     return f"HotFlip success: {100 * before:.1f} % of the texts for the baseline, {100 * after:.1f} % for the monotonic model; {words}."
 
 
@@ -196,15 +197,17 @@ def _finding_lines(study: Study) -> list[str]:
         f"HotFlip: rise differs by {interval(study.flip_difference())} nats (monotonic minus baseline); more robust: "
         f"{findings['most_robust_hotflip']}.",
         _success_line(study),
-        f"Trigger: rise differs by {interval(study.trigger_difference())} nats; more robust: {findings['most_robust_uat']}.",
+        f"Trigger: rise differs by {interval(study.trigger_difference())} nats; more robust: {findings['most_robust_uat']} "
+        "(one search for each model and seed; its luck is not in the interval).",
         f"Certificate: the feed-forward sublayers {'are' if holds else 'are NOT'} monotone in the weights that run.",
     ]
     reasons = sorted({reason for stored in certificates for reason in stored["reasons"]})
     lines += [f"  {reason}" for reason in reasons]
     if any(stored["vacuous"] for stored in certificates):
         lines.append(
-            "  This order is vacuous behind a mean-subtracting LayerNorm: an unconstrained model can be rewritten to pass the same "
-            "test with the same function, so the certificate by itself promises no robustness (docs/METHOD.md)."
+            "  This order is vacuous behind a mean-subtracting LayerNorm: an unconstrained model with the same activation can be "
+            "rewritten to pass the same test with the same function, so the certificate by itself promises no robustness "
+            "(docs/METHOD.md)."
         )
     gap = np.array(list(study.per_seed_ratio("monotonic", "baseline").values()))
     if len(gap) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -45,6 +46,10 @@ def published(path: Path) -> Iterator[Path]:
         sync(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # a write that fails does not say where
+        raise
+    except Exception as error:  # the writers of safetensors and tokenizers hide the OSError in a text
+        if code := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
     finally:
         remove(aside)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.schema import Paths
+from utils.run.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Folders:
         scratch = Path(os.environ.get("SCRATCH") or "runs")
         project = Path(os.environ.get("PROJECT") or ".")
         return cls(
-            work=(paths.work or scratch / "foundation_llm_work").expanduser().resolve(),
-            results=(paths.results or project / "foundation_llm_final_results").expanduser().resolve(),
-            cache=(paths.cache or scratch / "foundation_llm_cache").expanduser().resolve(),
+            work=_absolute(paths.work or scratch / "foundation_llm_work"),
+            results=_absolute(paths.results or project / "foundation_llm_final_results"),
+            cache=_absolute(paths.cache or scratch / "foundation_llm_cache"),
             run_name=run_name,
         )
 
@@ -42,3 +43,10 @@ class Folders:
     def summary(self) -> Path:
         """Always the newest finished run's summary."""
         return self.results / "experiment_summary.txt"
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().resolve()
+    except RuntimeError as error:
+        raise InputError(f"paths: {path}: {error}; write the folder out") from None

@@ -88,10 +88,11 @@ def producer(pipeline: Sequence[Stage], artefact: str) -> Stage:
 
 def run_stage(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[Stage], stop: Stop, discard: bool = False) -> int:
     """Run one stage, or find that there is nothing to do. Returns an exit code and prints every message a user needs."""
-    folders = Folders.of(config.paths, config.run_name)
     where = f"stage {stage.number} {stage.name}" + (f", seed {seed}" if stage.every_seed else "")
-    folder = stage.folder(folders, seed)
+    folder: Path | None = None
     try:
+        folders = Folders.of(config.paths, config.run_name)
+        folder = stage.folder(folders, seed)
         with locked(folder):
             inputs, identity = _gather(stage, config, seed, pipeline, folders)
             context = Context(config, folders, seed, folder, stage.writes, inputs, stop, identity)
@@ -172,6 +173,10 @@ def _gather(
                     + "\n    ".join(changed)
                     + f"\n  Give this run another name (--run-name NAME), or {again.removesuffix(' first')} again with --discard."
                 )
+            if reason := _stale(source, done, one, pipeline, folders):
+                raise InputError(
+                    f"the input {name!r} in {origin} is out of date: {reason}; {again.removesuffix(' first')} again with --discard"
+                )
             if fault := manifest.first_damage(origin, done, [name]):
                 raise InputError(f"the input {name!r} is damaged: {fault}; {again.removesuffix(' first')} again with --discard")
             inputs[one][name] = origin / source.writes[name]
@@ -180,6 +185,20 @@ def _gather(
     if stage.every_seed:
         identity["seed"] = seed
     return inputs, identity
+
+
+def _stale(stage: Stage, done: Mapping[str, Any], seed: int, pipeline: Sequence[Stage], folders: Folders) -> str | None:
+    """Why a complete stage no longer stands for the program and the inputs there are, or None. Reads manifests alone."""
+    if done["identity"]["version"] != stage.version:
+        return f"{stage.label} was made by version {done['identity']['version']} of the stage, now {stage.version}"
+    for name in stage.reads:
+        maker = producer(pipeline, name)
+        there = manifest.completed(maker.folder(folders, seed))
+        if there is None or manifest.digest_of(there, name) != done["identity"]["inputs"].get(name):
+            return f"{stage.label} was made from another {name!r} than {maker.label} holds now"
+        if reason := _stale(maker, there, seed, pipeline, folders):
+            return reason
+    return None
 
 
 def _chosen(stage: Stage, config: Experiment) -> dict[str, Any]:

@@ -32,6 +32,6 @@ def _state(folder: Path) -> str:
             steps = sorted((folder / "state" / "checkpoints").glob("step_*"))
             newest = f", checkpoint {steps[-1].name}" if steps else ""
             return f"begun, {len(begun['starts'])} start(s){newest}"
-    except InputError as error:
+    except (InputError, OSError) as error:
         return f"damaged: {error}"
     return "not begun"

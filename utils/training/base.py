@@ -14,17 +14,20 @@ from utils.run.cache import cached
 from utils.run.preemption import Stop
 from utils.training.loop import Run, train
 
+VERSION = 1  # raise it when a change of the training code changes the base model
+READ = ("tokenizer/", "tokens/train/", "tokens/validation/")  # the part of the token cache that pretraining sees
+
 
 def base_cache(config: Experiment, root: Path, tokens: Path, stop: Stop) -> Path:
     """Folder with the base model in fp32 (model/) and where it is from (origin.json), built if it is not there."""
     shape = config.model.scratch
-    description: dict[str, Any] = {} if shape else published_identity(config.model)
+    description: dict[str, Any] = {"version": VERSION}
     if shape:
-        description = {
-            "shape": shape.model_dump(mode="json"),
-            "text": value_digest(read_json(tokens.parent / "manifest.json")),
-            "precision": config.compute.precision,
-        }
+        text = {name: facts for name, facts in read_json(tokens.parent / "manifest.json")["files"].items() if name.startswith(READ)}
+        description |= {"shape": shape.model_dump(mode="json"), "training": _spec(shape).model_dump(mode="json")}
+        description |= {"text": value_digest(text), "precision": config.compute.precision}
+    else:
+        description |= published_identity(config.model)
 
     def build(target: Path, state: Path) -> None:
         if shape:
@@ -37,9 +40,8 @@ def base_cache(config: Experiment, root: Path, tokens: Path, stop: Stop) -> Path
     return cached(root, "base", description, build, stop)
 
 
-def pretrain(config: Experiment, shape: Scratch, tokens: Path, target: Path, state: Path, stop: Stop) -> None:
-    """Train a GPT-NeoX model from random weights with the loop that both arms use."""
-    spec = Training(
+def _spec(shape: Scratch) -> Training:
+    return Training(
         steps=shape.steps,
         batch_size=shape.batch_size,
         micro_batch=shape.batch_size,
@@ -47,6 +49,11 @@ def pretrain(config: Experiment, shape: Scratch, tokens: Path, target: Path, sta
         validate_every=max(1, shape.steps // 5),
         keep_last=1,
     )
+
+
+def pretrain(config: Experiment, shape: Scratch, tokens: Path, target: Path, state: Path, stop: Stop) -> None:
+    """Train a GPT-NeoX model from random weights with the loop that both arms use."""
+    spec = _spec(shape)
     train_tokens = Tokens(tokens / "tokens" / "train")
     model = scratch_model(shape, train_tokens.end_of_text).to(device_of(config.compute))
     run = Run(

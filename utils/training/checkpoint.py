@@ -44,11 +44,15 @@ class Checkpoints:
         self._prune()
 
     def newest(self) -> TrainState | None:
-        """State of the newest intact checkpoint. A damaged one is named, removed and passed over."""
+        """State of the newest checkpoint that is intact, and whose best one is too. Others are named, removed and passed over."""
         for path in reversed(self._paths()):
             fault = _fault(path)
             if fault is None:
-                return TrainState(**read_json(path / "state.json"))
+                state = TrainState(**read_json(path / "state.json"))
+                best = self._path(state.best_step)
+                fault = _fault(best) if state.best_nll is not None and best != path else None
+                if fault is None:
+                    return state
             print(f"  checkpoint {path.name} is damaged and passed over: {fault}")
             remove(path)
         return None

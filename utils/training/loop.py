@@ -77,7 +77,7 @@ def train(run: Run) -> tuple[TrainState, Checkpoints]:
 def _train_on(run: Run, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints, state: TrainState, log: MetricsLog) -> None:
     """Steps from `state.step` to the last one. Each validation is followed by a checkpoint, and so is a request to stop."""
     progress = Progress(run.label, run.spec.steps, state.step)
-    began, earlier, note = time.monotonic(), state.seconds, ""
+    began, earlier = time.monotonic(), state.seconds
     while state.step < run.spec.steps:
         rate = learning_rate(
             state.step,
@@ -86,6 +86,7 @@ def _train_on(run: Run, optimizer: torch.optim.Optimizer, checkpoints: Checkpoin
             warmup_share=run.spec.warmup_share,
             final_share=run.spec.final_share,
         )
+        note = ""
         log.add(state.step, rate, _step(run, optimizer, state.step, rate))
         state.step += 1
         last = state.step == run.spec.steps
@@ -99,7 +100,7 @@ def _train_on(run: Run, optimizer: torch.optim.Optimizer, checkpoints: Checkpoin
             state.seconds = earlier + time.monotonic() - began
             state.metrics_bytes = log.sync()
             checkpoints.save(state, run.model.state_dict(), optim.state_tensors(optimizer, run.model))
-        progress.advance(1, note if not log.waiting else "")
+        progress.advance(1, note)
         if stopping and not last:
             raise StoppedInTime(f"{run.stop.reason}, step {state.step} of {run.spec.steps}")
     progress.close()
@@ -152,7 +153,9 @@ def _losses(run: Run, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _validated(run: Run, state: TrainState, log: MetricsLog) -> str:
     nll = mean_nll(run.model, run.validation.all_sequences(), run.spec.micro_batch, run.precision)
     if not math.isfinite(nll):
-        raise WorkFailed(f"step {state.step}: the validation loss is {nll}; lower the learning rate (now {run.peak_rate:g}) and run again")
+        raise WorkFailed(
+            f"step {state.step}: the validation loss is {nll}; lower the learning rate (now {run.peak_rate:g}) and run with --discard"
+        )
     if state.best_nll is None or nll < state.best_nll:
         state.best_nll, state.best_step = nll, state.step
     log.write({"step": state.step, "validation_nll": nll, "validation_perplexity": math.exp(min(nll, 700.0))})
@@ -182,7 +185,7 @@ class MetricsLog:
         for (step, rate, _), (loss, cross_entropy, divergence, norm) in zip(self.waiting, table, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise WorkFailed(
-                    f"step {step + 1}: loss {loss}, gradient norm {norm}; lower the learning rate (now {rate:g}) and run again"
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}; lower the learning rate (now {rate:g}) and run with --discard"
                 )
             self.write(
                 {

@@ -14,6 +14,6 @@ def divergence_sum(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.kl_div(log_model, log_teacher, reduction="sum", log_target=True)
 
 
-def mixed(cross_entropy: Tensor, divergence: Tensor | None, weight: float) -> Tensor:
+def mixed(cross_entropy: Tensor, divergence: Tensor, weight: float) -> Tensor:
     """(1 - weight) * cross-entropy + weight * divergence."""
-    return cross_entropy if divergence is None else torch.lerp(cross_entropy, divergence, weight)
+    return torch.lerp(cross_entropy, divergence, weight)

@@ -64,7 +64,7 @@ def recover(config: Experiment, seed: int, learning_rate: float, constraint: Mon
 
 def _certify(config: Experiment, constraint: Monotone, folder: Path, path: Path) -> None:
     """Certify the stored model, as it will be loaded; a constraint that does not hold after training is a failure."""
-    certificate = certify(load_model(folder), constraint.scope, compute_dtype(config.compute))
+    certificate = certify(load_model(folder, device_of(config.compute)), constraint.scope, compute_dtype(config.compute))
     if not certificate["constraint_holds"]:
         raise WorkFailed(
             f"{folder}: {certificate['negative_entries']} constrained entries are negative (minimum {certificate['minimum']:.3g}), "

@@ -75,6 +75,17 @@ def with_trigger_gap(study: Study, gap: float) -> Study:
     return replace(study, triggers=triggers)
 
 
+def with_three_searches(study: Study, gap: float) -> Study:
+    """Three seeds whose searches differ a little, and nothing else."""
+    seeds = {42: 0.0, 43: 0.01, 44: -0.01}
+    made = [with_trigger_gap(study, gap + shift).triggers.assign(seed=seed) for seed, shift in seeds.items()]
+    same = {
+        name: pd.concat([getattr(study, name).assign(seed=seed) for seed in seeds], ignore_index=True)
+        for name in ("documents", "flips", "steps")
+    }
+    return replace(study, json=dict.fromkeys(seeds, study.json[42]), triggers=pd.concat(made, ignore_index=True), **same)
+
+
 def with_seeds(study: Study) -> Study:
     """A second seed whose monotonic model is worse by half a nat per token, and which resists less."""
     documents, flips, triggers, steps = (frame.assign(seed=43) for frame in (study.documents, study.flips, study.triggers, study.steps))
@@ -160,9 +171,16 @@ def test_more_robust_follows_from_the_records(study: Study, gap: float, more_rob
     flips = with_rises(study, [0.30, 0.31, 0.35, 0.29, 0.33, 0.30], [each + gap for each in (0.30, 0.31, 0.35, 0.29, 0.33, 0.30)])
     assert finding(flips, "HotFlip: rise").endswith(f"more robust: {more_robust}.")
     assert key_findings(flips)["most_robust_hotflip"] == more_robust
-    triggers = with_trigger_gap(study, gap)
-    assert f"more robust: {more_robust} (one search for each model and seed" in finding(triggers, "Trigger: ")
-    assert key_findings(triggers)["most_robust_uat"] == more_robust
+    searches = with_three_searches(study, gap)
+    assert f"more robust: {more_robust}; the unit is the search, 3 for each model." in finding(searches, "Trigger: ")
+    assert key_findings(searches)["most_robust_uat"] == more_robust
+
+
+def test_one_search_decides_nothing(study: Study) -> None:
+    """However many texts agree: a second search may find a better trigger."""
+    one = with_trigger_gap(study, -0.2)
+    assert key_findings(one)["most_robust_uat"] == "not distinguishable (too few for an interval)"
+    assert key_findings(one)["uat_rise_difference"]["value"] == pytest.approx(-0.2, abs=0.01)
 
 
 HIGH, LOW = 0.5, 0.01
@@ -206,10 +224,10 @@ def test_one_document_gives_no_interval_and_says_so(study: Study, tmp_path: Path
     one = with_one(study)
     assert one.non_inferior is None
     quality = finding(one, "Quality: ")
-    assert "are not distinguishable (too few documents for an interval), perplexity " in quality
+    assert "are not distinguishable (too few for an interval), perplexity " in quality
     assert quality.endswith("non-inferiority at a margin of 0.0677 nats stays open.")
-    assert finding(one, "HotFlip: ").endswith("more robust: not distinguishable (too few documents for an interval).")
-    assert "[no interval from 1 document(s)]" in summary_text(one)
+    assert finding(one, "HotFlip: ").endswith("more robust: not distinguishable (too few for an interval).")
+    assert "[no interval from 1]" in summary_text(one)
     write_json(tmp_path / "final_results.json", final_results(one))
     write_tables(one, tmp_path / "tables")
     assert all("None" not in path.read_text() and "nan" not in path.read_text().lower() for path in (tmp_path / "tables").iterdir())
@@ -287,7 +305,7 @@ def test_results_are_strict_json_even_for_a_ruined_model(study: Study, tmp_path:
 
 def test_interval_in_words() -> None:
     assert interval(Estimate(1.0344, 1.02, 1.049, 12)) == "1.034 [1.020, 1.049]"
-    assert interval(Estimate(1.0, None, None, 1), 1) == "1.0 [no interval from 1 document(s)]"
+    assert interval(Estimate(1.0, None, None, 1), 1) == "1.0 [no interval from 1]"
 
 
 def test_csv_holds_full_precision_and_latex_is_booktabs(study: Study, tmp_path: Path) -> None:

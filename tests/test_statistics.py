@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from utils.report.statistics import Estimate, mcnemar, mean, perplexity, reduction_percent, weighted_mean
+from utils.report.statistics import Estimate, mcnemar, mean, perplexity, reduction_percent, student_mean, weighted_mean
 
 
 def test_weighted_mean_is_the_ratio_of_the_sums() -> None:
@@ -63,7 +64,7 @@ def test_the_same_data_give_the_same_interval() -> None:
 def test_a_single_document_has_no_interval() -> None:
     estimate = mean([0.3], 0.95, 100)
     assert estimate == Estimate(0.3, None, None, 1)
-    assert estimate.verdict("below", "above") == "not distinguishable (too few documents for an interval)"
+    assert estimate.verdict("below", "above") == "not distinguishable (too few for an interval)"
     assert estimate.map(math.exp) == Estimate(math.exp(0.3), None, None, 1)
 
 
@@ -112,3 +113,10 @@ def test_nothing_to_reduce() -> None:
 def test_perplexity_is_finite_for_any_loss() -> None:
     assert perplexity(math.log(7)) == pytest.approx(7.0)
     assert math.isfinite(perplexity(1e6))
+
+
+def test_student_interval_against_scipy() -> None:
+    values = [0.1, 0.4, 0.2, 0.35]
+    low, high = stats.t.interval(0.9, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert student_mean(values, 0.9) == Estimate(pytest.approx(np.mean(values)), pytest.approx(low), pytest.approx(high), 4)
+    assert student_mean([0.1, 0.2], 0.9).low is None

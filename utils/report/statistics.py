@@ -17,7 +17,7 @@ BATCH = 500  # resamples held in memory at once
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval; the bounds are None where the data cannot give one (a single document)."""
+    """A value with its interval; the bounds are None where the data cannot give one (a single document, two seeds)."""
 
     value: float
     low: float | None
@@ -27,7 +27,7 @@ class Estimate:
     def verdict(self, below: str, above: str, unclear: str = "not distinguishable") -> str:
         """Words that follow from the interval alone."""
         if self.low is None or self.high is None:
-            return f"{unclear} (too few documents for an interval)"
+            return f"{unclear} (too few for an interval)"
         return below if self.high < 0 else above if self.low > 0 else unclear
 
     def map(self, function: Callable[[float], float]) -> Estimate:
@@ -66,6 +66,16 @@ def weighted_mean(sums: ArrayLike, weights: ArrayLike, confidence: float, draws:
         rng=np.random.default_rng(SEED),
     ).confidence_interval
     return Estimate(value, float(low), float(high), len(top))
+
+
+def student_mean(values: ArrayLike, confidence: float) -> Estimate:
+    """Mean with Student's t interval, for a handful of independent runs; no interval from fewer than three."""
+    data = np.asarray(values, dtype=float)
+    value = float(data.mean())
+    if len(data) < 3:
+        return Estimate(value, None, None, len(data))
+    half = float(stats.t.ppf((1 + confidence) / 2, len(data) - 1) * data.std(ddof=1) / math.sqrt(len(data)))
+    return Estimate(value, value - half, value + half, len(data))
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float | int]:

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from configs.schema import Experiment
-from utils.report.statistics import Estimate, mcnemar, mean, perplexity, weighted_mean
+from utils.report.statistics import Estimate, mcnemar, mean, perplexity, student_mean, weighted_mean
 from utils.run.artifacts import read_json
 from utils.run.records import read_rows
 
@@ -112,9 +112,11 @@ class Study:
         return self.interval_of(self._trigger_nll(model, trigger) - self._trigger_nll(model, zero))
 
     def trigger_difference(self) -> Estimate:
-        """Rise under the own trigger, monotonic minus baseline, paired by text."""
-        own = {model: self._trigger_nll(model, model) - self._trigger_nll(model, "clean") for model in ("baseline", "monotonic")}
-        return self.interval_of(own["monotonic"] - own["baseline"])
+        """Rise under the own trigger, monotonic minus baseline. The unit is the search, one for each model and seed: two searches
+        on one model differ more than two texts do, so an interval over texts would claim what a repetition refutes."""
+        nll = self.triggers.groupby(["seed", "model", "trigger"])["nll"].mean()
+        rise = {model: [nll[seed, model, model] - nll[seed, model, "clean"] for seed in self.seeds] for model in ("baseline", "monotonic")}
+        return student_mean(np.subtract(rise["monotonic"], rise["baseline"]), self.config.report.confidence)
 
     def _trigger_nll(self, model: str, trigger: str) -> pd.Series:
         kinds = self.triggers["trigger"]

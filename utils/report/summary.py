@@ -94,7 +94,7 @@ def key_findings(study: Study) -> dict[str, Any]:
 def interval(estimate: Estimate, digits: int = 3) -> str:
     """1.034 [1.020, 1.049]."""
     if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.{digits}f} [no interval from {estimate.count} document(s)]"
+        return f"{estimate.value:.{digits}f} [no interval from {estimate.count}]"
     return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
@@ -197,8 +197,8 @@ def _finding_lines(study: Study) -> list[str]:
         f"HotFlip: rise differs by {interval(study.flip_difference())} nats (monotonic minus baseline); more robust: "
         f"{findings['most_robust_hotflip']}.",
         _success_line(study),
-        f"Trigger: rise differs by {interval(study.trigger_difference())} nats; more robust: {findings['most_robust_uat']} "
-        "(one search for each model and seed; its luck is not in the interval).",
+        f"Trigger: rise differs by {interval(study.trigger_difference())} nats; more robust: {findings['most_robust_uat']}; "
+        f"the unit is the search, {len(study.seeds)} for each model.",
         f"Certificate: the feed-forward sublayers {'are' if holds else 'are NOT'} monotone in the weights that run.",
     ]
     reasons = sorted({reason for stored in certificates for reason in stored["reasons"]})

@@ -300,7 +300,8 @@ def test_results_are_strict_json_even_for_a_ruined_model(study: Study, tmp_path:
     for number, made in enumerate((study, with_losses(study, 2000.0), with_rises(study, [0.0] * 6, [0.0] * 6))):
         path = tmp_path / f"{number}.json"
         write_json(path, final_results(made))
-        json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+        stored = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+        assert stored["key_findings"]["perplexity_ratio"]["value"] > 0
 
 
 def test_interval_in_words() -> None:

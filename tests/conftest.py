@@ -12,8 +12,8 @@ import torch
 from configs.presets import load
 from configs.schema import Experiment
 from stages.pipeline import run_each, stages
+from tests.fake_stages import TINY
 
-TINY = str(Path(__file__).parent / "tiny.yaml")
 torch.set_num_threads(1)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_stages import NUMBERS, SQUARES, SQUARES_OF_42, contents, folder_of, in_child, run
+from configs.presets import load
+from tests.fake_stages import NUMBERS, PIPELINE, SQUARES, SQUARES_OF_42, TINY, contents, folder_of, in_child, run
 from utils.run.errors import DONE, FAILED, REFUSED
-from utils.run.stage import Context
+from utils.run.preemption import Stop
+from utils.run.stage import Context, run_stage
 
 
 @pytest.fixture
@@ -110,3 +112,11 @@ def test_folder_where_a_file_is_expected_is_exit_1(own_folders: Path, capsys: py
     (folder_of(SQUARES, own_folders) / ".lock").mkdir()
     assert run(SQUARES) == FAILED
     assert "Is a directory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where no folder can be made")
+def test_place_that_takes_no_folders_is_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load(TINY, ["paths.work=/proc/nowhere"])
+    assert run_stage(NUMBERS, config, 42, PIPELINE, Stop()) == FAILED
+    message = capsys.readouterr().err
+    assert "cannot write or read /proc/nowhere" in message and "choose other folders (paths.work" in message

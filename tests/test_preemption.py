@@ -170,6 +170,14 @@ def test_progress_without_gain_does_not_divide_by_zero(clock: Clock, capsys: pyt
     assert capsys.readouterr().out == "  wait: 0/10, 16.0 s\n"
 
 
+def test_progress_that_ends_early_says_so(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Progress("search", 10)
+    bar.advance(7)
+    clock.now += 2
+    bar.close()
+    assert capsys.readouterr().out == "  search: done after 7 of at most 10, 2.0 s\n"
+
+
 def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from stages.__main__ import main
 from stages.pipeline import stages
-from tests.conftest import TINY
+from tests.fake_stages import TINY
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[1]

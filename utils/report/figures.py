@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from utils.report.statistics import Estimate, perplexity
 from utils.report.study import ATTACKED, MODELS, Study
@@ -84,6 +85,9 @@ def perplexities(study: Study) -> Figure:
     _bars(axis, {label: {model: study.nll(model, subset).map(perplexity) for model in MODELS} for label, subset in groups.items()})
     _dress(axis, "Test perplexity", "", "perplexity (log scale)")
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -22,7 +23,10 @@ def locked(folder: Path, *, queue: Stop | None = None) -> Iterator[None]:
 
     Both name the owner.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # a place like /proc, where the kernel knows no folders of ours
+        raise PermissionError(errno.EACCES, "no folder can be made here", str(folder)) from error
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not _taken(handle):

@@ -34,8 +34,11 @@ class Progress:
         return f", {duration(seconds)} left"
 
     def close(self) -> None:
+        """The work is done, perhaps with less than `total` (a search that converged, a text that ended)."""
         if self.bar is not None:
             self.bar.close()
+        elif self.done < self.total:
+            print(f"  {self.label}: done after {self.done} of at most {self.total}, {duration(time.monotonic() - self.began)}", flush=True)
 
 
 def duration(seconds: float) -> str:

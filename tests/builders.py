@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,20 +16,23 @@ from utils.run.artifacts import write_json
 VOCABULARY = 97
 
 
-def small_model(seed: int = 0, *, scale: float = 0.3, tied: bool = False) -> PreTrainedModel:
-    """A GPT-NeoX model with weights large enough that every token of the context matters."""
-    config = GPTNeoXConfig(
-        vocab_size=VOCABULARY,
+def small_config(**settings: Any) -> GPTNeoXConfig:
+    """Two layers of width 16; end-of-text is id 0."""
+    return GPTNeoXConfig(
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=24,
         max_position_embeddings=64,
         bos_token_id=0,
         eos_token_id=0,
         use_cache=False,
-        tie_word_embeddings=tied,
+        **settings,
     )
+
+
+def small_model(seed: int = 0, *, scale: float = 0.3, tied: bool = False) -> PreTrainedModel:
+    """A GPT-NeoX model with weights large enough that every token of the context matters."""
+    config = small_config(vocab_size=VOCABULARY, intermediate_size=24, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

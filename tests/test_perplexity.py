@@ -42,7 +42,7 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture
-def test_tokens(tmp_path: Path) -> Tokens:
+def split(tmp_path: Path) -> Tokens:
     return token_folder(tmp_path / "test", DOCUMENTS, SUBSETS)
 
 
@@ -69,9 +69,9 @@ def score(model: PreTrainedModel, tokens: Tokens, how: Evaluate, path: Path) -> 
 
 
 @pytest.mark.parametrize(("context", "stride"), SPECS)
-def test_every_token_is_scored_exactly_once(test_tokens: Tokens, context: int, stride: int) -> None:
+def test_every_token_is_scored_exactly_once(split: Tokens, context: int, stride: int) -> None:
     scored: dict[int, list[int]] = {number: [] for number in range(len(DOCUMENTS))}
-    for window in windows(test_tokens, spec(context, stride)):
+    for window in windows(split, spec(context, stride)):
         assert 0 < window.scored < len(window.ids) <= context
         whole = [0, *DOCUMENTS[window.document]]
         end = len(scored[window.document]) + window.scored + 1
@@ -84,9 +84,9 @@ def test_every_token_is_scored_exactly_once(test_tokens: Tokens, context: int, s
 @pytest.mark.parametrize(("context", "stride"), SPECS)
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_losses_equal_a_loop_over_tokens(
-    model: PreTrainedModel, test_tokens: Tokens, tmp_path: Path, context: int, stride: int, batch_size: int
+    model: PreTrainedModel, split: Tokens, tmp_path: Path, context: int, stride: int, batch_size: int
 ) -> None:
-    rows = score(model, test_tokens, spec(context, stride, batch_size), tmp_path / "rows.jsonl")
+    rows = score(model, split, spec(context, stride, batch_size), tmp_path / "rows.jsonl")
     assert [row["document"] for row in rows] == [number for number, length in enumerate(LENGTHS) if length]
     for row in rows:
         losses = slow_nll(model, DOCUMENTS[row["document"]], context, stride)
@@ -103,8 +103,8 @@ def test_padding_has_no_effect(model: PreTrainedModel) -> None:
     assert window_nll(model, ones, "fp32") == pytest.approx([slow_nll(model, [number], 64, 8)[0] for number in range(1, 5)], rel=1e-5)
 
 
-def test_batches_hold_every_window_and_pad_little(test_tokens: Tokens) -> None:
-    cut = windows(test_tokens, spec(8, 3))
+def test_batches_hold_every_window_and_pad_little(split: Tokens) -> None:
+    cut = windows(split, spec(8, 3))
     made = batches(cut, 4)
     assert sorted(id(window) for batch in made for window in batch) == sorted(map(id, cut))
     lengths = [len(window.ids) for batch in made for window in batch]
@@ -124,13 +124,13 @@ def test_the_mean_is_over_tokens_and_not_over_documents() -> None:
     assert math.isfinite(hopeless["perplexity"])  # strict JSON knows no infinity
 
 
-def test_unigram_loss_equals_counting(test_tokens: Tokens, tmp_path: Path) -> None:
+def test_unigram_loss_equals_counting(split: Tokens, tmp_path: Path) -> None:
     train = [[5, 5, 5, 9], [9, 1], []]
     counts = dict.fromkeys(range(VOCABULARY), 1)
     for token in (5, 5, 5, 9, 0, 9, 1, 0, 0):
         counts[token] += 1
     losses = [-math.log(counts[token] / (VOCABULARY + 9)) for document in DOCUMENTS for token in document]
-    found = unigram_nll(token_folder(tmp_path / "train", train), test_tokens, VOCABULARY)
+    found = unigram_nll(token_folder(tmp_path / "train", train), split, VOCABULARY)
     assert found == pytest.approx(sum(losses) / len(losses), rel=1e-12)
 
 
@@ -147,9 +147,9 @@ def slow_nll_of_sequence(model: PreTrainedModel, ids: list[int]) -> float:
     return -sum(float(logits[place, token]) for place, token in enumerate(ids[1:])) / (len(ids) - 1)
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(model: PreTrainedModel, test_tokens: Tokens, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(model: PreTrainedModel, split: Tokens, tmp_path: Path) -> None:
     how = spec(8, 3)
-    straight = score(model, test_tokens, how, tmp_path / "straight.jsonl")
+    straight = score(model, split, how, tmp_path / "straight.jsonl")
 
     class After(Stop):
         def requested(self) -> bool:
@@ -158,24 +158,24 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(model: PreTrainedMo
 
     path = tmp_path / "resumed.jsonl"
     with pytest.raises(StoppedInTime):
-        evaluate_model(model, windows(test_tokens, how), how, "fp32", path, After(), "test")
+        evaluate_model(model, windows(split, how), how, "fp32", path, After(), "test")
     assert len(path.read_text().splitlines()) == 2 * how.batch_size
     with path.open("a") as handle:
         handle.write('{"document": 3, "nl')  # torn by a power loss
-    assert score(model, test_tokens, how, path) == straight
+    assert score(model, split, how, path) == straight
     assert path.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
 
 
-def test_a_model_that_gives_nan_is_not_recorded(test_tokens: Tokens, tmp_path: Path) -> None:
+def test_a_model_that_gives_nan_is_not_recorded(split: Tokens, tmp_path: Path) -> None:
     broken = small_model()
     with torch.no_grad():
         broken.get_output_embeddings().weight[3] = float("nan")
     with pytest.raises(WorkFailed, match=r"loss of the model .* is not finite on the test text"):
-        score(broken, test_tokens, spec(8, 3), tmp_path / "rows.jsonl")
+        score(broken, split, spec(8, 3), tmp_path / "rows.jsonl")
     assert (tmp_path / "rows.jsonl").read_text() == ""
 
 
-def test_stored_models_are_evaluated_on_identical_tokens(test_tokens: Tokens, tiny: Experiment, tmp_path: Path) -> None:
+def test_stored_models_are_evaluated_on_identical_tokens(split: Tokens, tiny: Experiment, tmp_path: Path) -> None:
     models = {name: small_model(seed) for seed, name in enumerate(("baseline", "monotonic"))}
     for name, model in models.items():
         save_model(model, tmp_path / name)
@@ -185,7 +185,7 @@ def test_stored_models_are_evaluated_on_identical_tokens(test_tokens: Tokens, ti
         7,
         models={name: tmp_path / name for name in models},
         train_tokens=train.folder,
-        test_tokens=test_tokens.folder,
+        test_tokens=split.folder,
         state=tmp_path / "state",
         records=tmp_path / "records.jsonl",
         stop=Stop(),
@@ -201,6 +201,6 @@ def test_stored_models_are_evaluated_on_identical_tokens(test_tokens: Tokens, ti
         assert entry["perplexity"] == pytest.approx(math.exp(entry["loss"]))
         code = [loss for document, subset in zip(losses, SUBSETS, strict=True) if subset == "code" for loss in document]
         assert entry["by_subset"]["code"]["loss"] == pytest.approx(sum(code) / len(code), rel=1e-5)
-    assert results["metadata"]["unigram_loss"] == unigram_nll(train, test_tokens, VOCABULARY)
+    assert results["metadata"]["unigram_loss"] == unigram_nll(train, split, VOCABULARY)
     assert results["metadata"]["seed"] == 7
     json.dumps(results, allow_nan=False)

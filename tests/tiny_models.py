@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.builders import small_config
 from utils.data.tokens import Tokens
 
 VOCABULARY = 40
@@ -20,18 +21,7 @@ VOCABULARY = 40
 
 def random_model(seed: int = 0, spread: float = 0.16) -> PreTrainedModel:
     """Two layers of width 16. `spread` is the size of the initial weights; large ones make tokens matter as in a trained model."""
-    config = GPTNeoXConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        initializer_range=spread,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
+    config = small_config(vocab_size=VOCABULARY, intermediate_size=32, initializer_range=spread)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -46,6 +46,11 @@ class SearchState:
     forwards: int = 0
     backwards: int = 0
 
+    @classmethod
+    def stored(cls, path: Path) -> SearchState:
+        """The state on disk, or a new search."""
+        return cls(**read_json(path)) if path.exists() else cls()
+
 
 def with_trigger(end_of_text: int, trigger: Sequence[int], texts: Tensor) -> Tensor:
     """texts (M, S) -> (M, 1 + L + S): end-of-text, trigger, text."""
@@ -68,7 +73,7 @@ class TriggerSearch:
 
         `path` keeps the state; `after_step(n)` is called after n more positions, when the state is on disk, and may raise.
         """
-        state = SearchState(**read_json(path)) if path.exists() else SearchState()
+        state = SearchState.stored(path)
         while state.restart < self.spec.restarts:
             if not state.trigger:
                 self._start(state, search)
@@ -125,7 +130,7 @@ def find_trigger(
     allowed = allowed_tokens(model.config.vocab_size, alphabet.writable(), scorer.device)
     search = TriggerSearch(scorer, spec, alphabet.end_of_text, allowed)
     texts = {kind: text_tensor(sets[kind], scorer.device) for kind in ("search", "select")}
-    stored = SearchState(**read_json(path)) if path.exists() else SearchState()
+    stored = SearchState.stored(path)
     done = (stored.restart * spec.sweeps + stored.sweep) * spec.trigger_length + stored.position
     progress = Progress(f"trigger search on {name}", spec.restarts * spec.sweeps * spec.trigger_length, done)
 

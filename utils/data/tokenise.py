@@ -60,13 +60,14 @@ def tokenise(
     Held-out splits are written first. A later document whose text (white space apart) is already in another split is left
     out and counted as `duplicates`.
     """
+    words = load_tokenizer(tokenizer)
     seen: dict[bytes, str] = {}
     counts: dict[str, dict[str, int]] = {}
     for split in SPLITS:
         fresh = _Fresh(rows(config.data, split), seen, remember=split != "train")
         limit, longest = limits[split]
         assert limit is not None
-        counts[split] = write_split(target / split, fresh, load_tokenizer(tokenizer), end_of_text, limit, longest)
+        counts[split] = write_split(target / split, fresh, words, end_of_text, limit, longest)
         counts[split]["duplicates"] = fresh.dropped
         if counts[split]["tokens"] <= counts[split]["documents"]:  # end-of-text alone
             raise InputError(f"data: found no text for the split {split!r}, expected at least one document; give more text (data.*)")

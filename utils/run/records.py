@@ -27,10 +27,11 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a complete file at once. NaN and infinity raise ValueError."""
-    write_text(path, "".join(map(_line, rows)))
+    write_text(path, "".join(map(json_line, rows)))
 
 
-def _line(row: Row) -> str:
+def json_line(row: Row) -> str:
+    """One line of a record file. NaN and infinity raise ValueError."""
     return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -57,7 +58,7 @@ class Records:
         yield from groups[done:]
 
     def append(self, rows: Iterable[Row]) -> None:
-        text = "".join(map(_line, rows))
+        text = "".join(map(json_line, rows))
         with self.path.open("ab") as handle:
             handle.write(text.encode())
 

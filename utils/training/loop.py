@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +21,7 @@ from utils.models.loading import autocast
 from utils.run.errors import InputError, StoppedInTime, WorkFailed
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
+from utils.run.records import Row, json_line, read_rows
 from utils.training import optim
 from utils.training.checkpoint import Checkpoints, TrainState
 from utils.training.losses import divergence_sum, mixed
@@ -201,8 +199,8 @@ class MetricsLog:
         self.waiting.clear()
         return f"loss {loss:.4f}"
 
-    def write(self, row: dict[str, Any]) -> None:
-        self.handle.write((json.dumps(row, allow_nan=False) + "\n").encode())
+    def write(self, row: Row) -> None:
+        self.handle.write(json_line(row).encode())
 
     def close(self) -> None:
         self.handle.close()
@@ -214,11 +212,7 @@ class MetricsLog:
         return os.fstat(self.handle.fileno()).st_size
 
 
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
     """(rows of steps, rows of validations)."""
-    rows: Iterator[dict[str, Any]] = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    steps: list[dict[str, Any]] = []
-    validations: list[dict[str, Any]] = []
-    for row in rows:
-        (validations if "validation_nll" in row else steps).append(row)
-    return steps, validations
+    rows = read_rows(path)
+    return [row for row in rows if "validation_nll" not in row], [row for row in rows if "validation_nll" in row]

@@ -54,9 +54,10 @@ def recover(config: Experiment, seed: int, learning_rate: float, constraint: Mon
         teacher=load_model(files.base, device).requires_grad_(False) if spec.distillation else None,
     )
     state, checkpoints = train(run)
-    for step, folder in ((spec.steps, files.last), (state.best_step, files.best)):
-        model.load_state_dict(checkpoints.model_tensors(step))
-        save_model(model, folder)
+    save_model(model, files.last)
+    if state.best_step != spec.steps:
+        model.load_state_dict(checkpoints.model_tensors(state.best_step))
+    save_model(model, files.best)
     write_json(files.history, history(config, seed, learning_rate, constraint, run, state))
     if constraint and files.certificate:
         _certify(config, constraint, files.best, files.certificate)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash run_tests.sh [quick|unit|integration|coverage|all] [pytest options]    (default: all)
+# bash run_tests.sh [quick|unit|integration|slurm|coverage|all] [pytest options]    (default: all)
 set -euo pipefail
 cd "$(dirname "$0")"
 . jobs/environment.sh
@@ -9,10 +9,11 @@ kind=${1:-all}
 case $kind in
     quick | unit) options=(-m "not integration and not slurm") ;;
     integration) options=(-m "integration and not slurm") ;;
+    slurm) options=(-m slurm) ;;
     coverage) options=(--cov --cov-report=term) ;;
     all) options=() ;;
     *)
-        echo "unknown kind of test '$kind'; expected quick, unit, integration, coverage or all" >&2
+        echo "unknown kind of test '$kind'; expected quick, unit, integration, slurm, coverage or all" >&2
         exit 2
         ;;
 esac

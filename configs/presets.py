@@ -1,4 +1,7 @@
-"""Load a YAML preset (`extends:` one other), apply `key=value` overrides, and name the nearest key on a typo."""
+"""Load a YAML preset (`extends:` one other), apply `key=value` overrides, and name the nearest key on a typo.
+
+Experiments lie in this folder, descriptions of sites in clusters/.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from configs.cluster import Cluster
 from configs.schema import Experiment
 
 PRESETS = Path(__file__).parent
+CLUSTERS = PRESETS / "clusters"
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -42,8 +48,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+def preset_names(folder: Path = PRESETS) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def load(preset: str, overrides: Iterable[str] = ()) -> Experiment:
@@ -51,27 +57,37 @@ def load(preset: str, overrides: Iterable[str] = ()) -> Experiment:
 
     Raises ConfigError for anything that is not exactly understood.
     """
-    tree = _read(_locate(preset))
+    return _loaded(Experiment, preset, PRESETS, overrides)
+
+
+def load_cluster(name: str) -> Cluster:
+    """Return the description of a site (a shipped name, or a path ending in .yaml). Raises ConfigError."""
+    return _loaded(Cluster, name, CLUSTERS)
+
+
+def _loaded(model: type[Model], name: str, folder: Path, overrides: Iterable[str] = ()) -> Model:
+    tree = _read(_locate(name, folder), folder)
     for override in overrides:
         _override(tree, override)
     try:
-        return Experiment.model_validate_json(json.dumps(tree))
+        return model.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise ConfigError(_explain(preset, error)) from None
+        raise ConfigError(_explain(name, error, model)) from None
     except (TypeError, ValueError) as error:  # binary data, or a section that contains itself
-        raise ConfigError(f"configuration {preset!r} is refused: {error}; write plain sections, numbers and text") from None
+        raise ConfigError(f"configuration {name!r} is refused: {error}; write plain sections, numbers and text") from None
 
 
-def _locate(preset: str) -> Path:
-    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+def _locate(name: str, folder: Path) -> Path:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
-        near = difflib.get_close_matches(preset, preset_names(), n=1)
+        near = difflib.get_close_matches(name, preset_names(folder), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ConfigError(f"no preset {preset!r}: found no file {path}{hint} Shipped presets: {', '.join(preset_names())}")
+        what = "preset" if folder == PRESETS else "cluster"
+        raise ConfigError(f"no {what} {name!r}: found no file {path}{hint} Shipped {what}s: {', '.join(preset_names(folder))}")
     return path
 
 
-def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(path: Path, folder: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in below:
         raise ConfigError(f"{path}: extends itself, by way of {', '.join(map(str, below))}; remove one `extends:`")
     try:
@@ -86,7 +102,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: found {parent!r}, expected the name or the file of one preset")
     beside = str(path.parent / parent) if parent.endswith((".yaml", ".yml")) else parent
-    return _merge(_read(_locate(beside), (*below, path.resolve())), tree)
+    return _merge(_read(_locate(beside, folder), folder, (*below, path.resolve())), tree)
 
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,14 +131,14 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
 
 
-def _explain(preset: str, error: ValidationError) -> str:
+def _explain(name: str, error: ValidationError, model: type[BaseModel]) -> str:
     """One line for each mistake: key, found, expected, and the nearest valid key on a typo."""
-    lines = [f"configuration {preset!r} is refused:"]
+    lines = [f"configuration {name!r} is refused:"]
     for issue in error.errors():
         place = [str(part) for part in issue["loc"]]
         key = ".".join(place) or "(whole configuration)"
         if issue["type"] == "extra_forbidden":
-            lines.append(f"  {key}: unknown key{_nearest(place)}")
+            lines.append(f"  {key}: unknown key{_nearest(place, model)}")
         elif issue["type"] == "missing":
             lines.append(f"  {key}: missing; add it to the preset or give --set {key}=...")
         else:
@@ -131,14 +147,13 @@ def _explain(preset: str, error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _nearest(place: list[str]) -> str:
-    fields = _fields(place[:-1])
+def _nearest(place: list[str], model: type[BaseModel]) -> str:
+    fields = _fields(place[:-1], model)
     near = difflib.get_close_matches(place[-1], fields, n=1)
     return f"; did you mean {'.'.join([*place[:-1], near[0]])!r}?" if near else f"; valid keys: {', '.join(fields)}"
 
 
-def _fields(place: list[str]) -> list[str]:
-    model: type[BaseModel] = Experiment
+def _fields(place: list[str], model: type[BaseModel]) -> list[str]:
     for part in place:
         annotation = model.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]

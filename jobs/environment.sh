@@ -1,5 +1,9 @@
+# shellcheck shell=bash disable=SC2034
 # Sourced, not run. Sets $PYTHON to an interpreter that has the needed packages:
 # the active one if it has them, else .venv, which is made from requirements.txt on first use.
+
+# Threads that spin while they wait take the cores from each other wherever a machine is shared.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 needed="torch>=2.9 transformers>=5.0 tokenizers>=0.22 safetensors>=0.5 huggingface-hub>=1.0 numpy>=2.0 pandas>=2.2 scipy>=1.15
 matplotlib>=3.9 pydantic>=2.10 PyYAML>=6.0 tqdm>=4.60 zstandard>=0.22 pytest>=8.0 pytest-cov>=5.0"
@@ -29,10 +33,10 @@ make_environment() {
         return 2
     }
     echo "making .venv and installing requirements.txt (once, a few minutes)"
-    "$base" -m venv .venv && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt || {
+    if ! { "$base" -m venv .venv && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt; }; then
         echo "the installation failed; see the message above, then run the same command again" >&2
         return 1
-    }
+    fi
 }
 
 choose_python() {

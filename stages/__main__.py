@@ -1,4 +1,4 @@
-"""python -m stages plan | status | run: the whole pipeline on this machine."""
+"""python -m stages plan | status | run | submit: the whole pipeline, here or on a cluster."""
 
 from __future__ import annotations
 
@@ -7,39 +7,61 @@ import sys
 from collections.abc import Sequence
 
 from configs.presets import ConfigError
+from stages import slurm
 from stages.pipeline import add_experiment_options, depends_on, experiment, run_each, stages
-from utils.run.errors import REFUSED
+from utils.run.errors import DONE, REFUSED, InputError
 from utils.run.folders import Folders
-from utils.run.status import status_table
+from utils.run.stage import Stage
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command in ("job", "requeue"):
+            return slurm.work(options.stage, leaving=options.command == "requeue")
+        if options.command == "status":
+            return slurm.status(options)
+        if options.command == "plan":
+            experiment(options)
+            print(_plan())
+            return DONE
+        if options.first > options.last:
+            raise InputError(f"--from {options.first} comes after --to {options.last}; swap them")
+        chosen = stages()[options.first : options.last + 1]
+        return slurm.submit(options, chosen) if options.command == "submit" else _run(options, chosen)
+    except (ConfigError, InputError) as error:
+        print(error, file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="print the stages, what each reads and writes, and what each waits for")
-    status = commands.add_parser("status", help="print how far each stage of each seed is")
+    status = commands.add_parser("status", help="print how far each stage of each seed is, and what to type next")
     run = commands.add_parser("run", help="run the stages here, one after the other; what is complete is passed over")
-    for command in (plan, status, run):
+    submit = commands.add_parser("submit", help="submit to SLURM what is neither complete nor queued")
+    for command in (plan, status, run, submit):
         add_experiment_options(command)
-    run.add_argument("--from", type=int, default=0, dest="first", metavar="N", choices=range(8), help="first stage (default 0)")
-    run.add_argument("--to", type=int, default=7, dest="last", metavar="N", choices=range(8), help="last stage (default 7)")
-    options = parser.parse_args(arguments)
-    try:
-        config = experiment(options)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return REFUSED
-    if options.command == "plan":
-        print(_plan())
-        return 0
-    if options.command == "status":
-        print(status_table(stages(), config))
-        return 0
-    if options.first > options.last:
-        print(f"--from {options.first} comes after --to {options.last}; swap them", file=sys.stderr)
-        return REFUSED
-    code = run_each(stages()[options.first : options.last + 1], config, config.seeds, options.discard)
-    if code == 0 and options.last == 7:
+    for command in (run, submit):
+        command.add_argument("--from", type=int, default=0, dest="first", metavar="N", choices=range(8), help="first stage (default 0)")
+        command.add_argument("--to", type=int, default=7, dest="last", metavar="N", choices=range(8), help="last stage (default 7)")
+    slurm.add_submit_options(submit)
+    status.add_argument("--watch", nargs="?", type=float, const=slurm.WATCH_SECONDS, metavar="SECONDS", help="print it again and again")
+    for name, words in (
+        ("job", "inside a SLURM job: do its stage"),
+        ("requeue", "inside a SLURM job that was stopped in time: queue it again"),
+    ):
+        commands.add_parser(name, help=words).add_argument("stage", type=int, choices=range(8))
+    return parser
+
+
+def _run(options: argparse.Namespace, chosen: Sequence[Stage]) -> int:
+    config = experiment(options)
+    code = run_each(chosen, config, config.seeds, options.discard)
+    if code == DONE and options.last == 7:
         folder = Folders.of(config.paths, config.run_name).final
         print(f"\nAll stages are complete. Open:\n  {folder / 'experiment_summary.txt'}\n  {folder / 'figures'}\n  {folder / 'tables'}")
     return code

@@ -44,21 +44,21 @@ def _ancestors(number: int, pipeline: Sequence[Stage]) -> set[int]:
 
 
 def add_experiment_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="mini", metavar="NAME|FILE", help="a preset, or a YAML file (default: mini)")
+    parser.add_argument("--config", metavar="NAME|FILE", help="a preset, or a YAML file (default: mini; on a cluster pythia-1.4b)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override one key; repeatable")
     parser.add_argument("--run-name", metavar="NAME", help="name of the run's folders (default: the preset's)")
     parser.add_argument("--seeds", metavar="N,N,...", help="training seeds (default: the preset's)")
     parser.add_argument("--discard", action="store_true", help="move aside what was made by another configuration, and start it afresh")
 
 
-def experiment(options: argparse.Namespace) -> Experiment:
+def experiment(options: argparse.Namespace, default: str = "mini") -> Experiment:
     """The resolved configuration. Raises ConfigError."""
     overrides = list(options.overrides)
     if options.run_name is not None:
         overrides.append(f"run_name={json.dumps(options.run_name)}")
     if options.seeds is not None:
         overrides.append(f"seeds=[{options.seeds}]")
-    return load(options.config, overrides)
+    return load(options.config or default, overrides)
 
 
 def main(stage: Stage, arguments: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,10 @@ import torch
 from configs.presets import load
 from configs.schema import Experiment
 from stages.pipeline import run_each, stages
-from tests.fake_stages import TINY
+from tests.fake_slurm import FakeSlurm
+from tests.fake_stages import ROOT, TINY
+from utils.run import artifacts
+from utils.slurm import client, snapshot
 
 torch.set_num_threads(1)
 
@@ -25,8 +29,11 @@ def place(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Every test has its own $SCRATCH and $PROJECT."""
+    """Every test has its own $SCRATCH and $PROJECT, no SLURM job around it, and no run that a developer submitted from here."""
     place(monkeypatch, tmp_path)
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "JOB_RESTARTS")) and name != "SLURM_CONF"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(snapshot, "NEWEST", tmp_path / "newest_submission")
     return tmp_path
 
 
@@ -50,6 +57,25 @@ def finished_copy(finished: Path, own_folders: Path) -> Path:
     """The finished run in this test's own folders, free to be damaged."""
     shutil.copytree(finished, own_folders, dirs_exist_ok=True)
     return own_folders
+
+
+@pytest.fixture
+def checkout_copy(own_folders: Path) -> Path:
+    """What a user has, without anything that was submitted from it: for commands that run as processes of their own."""
+    root = own_folders / "checkout"
+    for name in snapshot.CODE:
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "run_all.sh", root)
+    return root
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """No SLURM command is called; the fake notes what was asked for. Nothing waits for the disk: no power is lost here."""
+    fake = FakeSlurm()
+    monkeypatch.setattr(client, "call", fake)
+    monkeypatch.setattr(artifacts, "sync", lambda path: None)
+    return fake
 
 
 @pytest.fixture

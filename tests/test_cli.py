@@ -207,10 +207,10 @@ def test_run_all_passes_refusals_on_without_a_traceback(arguments: list[str], wo
     assert "Traceback" not in result.stderr + result.stdout
 
 
-def test_run_all_tells_help_plan_and_status() -> None:
+def test_run_all_tells_help_plan_and_status(checkout_copy: Path) -> None:
     assert "--seeds N,N,..." in shell("bash", ROOT / "run_all.sh", "--help").stdout
     assert "7 aggregate" in shell("bash", ROOT / "run_all.sh", "--plan").stdout
-    result = shell("bash", ROOT / "run_all.sh", "--status", "--config", TINY)
+    result = shell("bash", checkout_copy / "run_all.sh", "--status", "--config", TINY)
     assert result.returncode == DONE
     assert result.stdout.count("not begun") == 8
 

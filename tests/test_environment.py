@@ -42,6 +42,14 @@ def test_now_is_utc_to_the_second() -> None:
 def test_host_is_this_one() -> None:
     assert environment.host()["host"] == os.uname().nodename
     assert environment.host()["cores"] == os.cpu_count()
+    assert set(environment.host()) == {"host", "platform", "cores"}
+
+
+def test_host_of_a_job_names_it_and_its_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert (environment.host()["job"], environment.host()["restarts"]) == ("17", "0")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert environment.host()["restarts"] == "3"
 
 
 def test_code_revision_is_gits_and_tells_of_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +68,13 @@ def test_code_revision_is_gits_and_tells_of_changes(tmp_path: Path, monkeypatch:
     assert revision() == commit + "+changes"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert revision() == "unknown"
+
+
+def test_code_revision_of_a_frozen_copy_is_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "utils" / "run" / "environment.py"))
+    git(tmp_path, "init")
+    (tmp_path / "REVISION").write_text("0123abcd+changes\n")
+    assert environment.code_revision.__wrapped__() == "0123abcd+changes"
 
 
 def test_folders_follow_scratch_and_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from utils.run import preemption, progress
 from utils.run.artifacts import inventory
 from utils.run.errors import DONE, STOPPED, StoppedInTime
 from utils.run.preemption import SIGNALS, Stop
-from utils.run.progress import Progress, duration
+from utils.run.progress import Progress, Report, duration
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +53,19 @@ def test_second_interrupt_ends_at_once() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize(("now", "asked"), [(879.0, False), (880.0, True), (5000.0, True)])
-def test_deadline_is_the_jobs_end_less_the_margin(now: float, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
-    monkeypatch.setattr(preemption.time, "time", lambda: now)
-    stop = Stop(margin=120.0)
-    assert stop.requested() is asked
-    assert stop.reason == ("the job's time limit is near" if asked else None)
+@pytest.mark.parametrize(("hours", "margin"), [(24.0, 300.0), (0.5, 300.0), (0.1, 90.0), (0.0, 0.0), (-1.0, 0.0)])
+def test_deadline_leaves_a_margin_to_save_in(hours: float, margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 s before the end, and in a short job a quarter of it."""
+    begin, end = 1_000_000.0, 1_000_000.0 + 3600 * hours
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(end)))
+    clock = [begin]
+    monkeypatch.setattr(preemption.time, "time", lambda: clock[0])
+    stop = Stop()
+    clock[0] = end - margin - 1
+    assert not stop.requested()
+    clock[0] = end - margin
+    assert stop.requested()
+    assert stop.reason == "the job's time limit is near"
 
 
 @pytest.mark.parametrize("end", ["", "Unknown", "-5"])
@@ -191,6 +198,45 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys
     bar.close()
     assert "train" in terminal.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_report_is_written_now_and_then_and_is_exact_at_the_end(clock: Clock, tmp_path: Path) -> None:
+    path = tmp_path / "state/progress.json"
+    with Report.into(path):
+        bar = Progress("train", 10, done=4, tokens_per_unit=100)
+        assert json.loads(path.read_text()).items() >= {"label": "train", "done": 4, "total": 10, "seconds_left": None}.items()
+        clock.now += 4
+        bar.advance(2, "loss 1.5")
+        assert json.loads(path.read_text())["done"] == 4
+        clock.now += 6
+        bar.advance(1)
+        facts = json.loads(path.read_text())
+        assert (facts["done"], facts["note"]) == (7, "loss 1.5")
+        assert (facts["tokens_per_second"], facts["seconds_left"]) == (30.0, 10.0)  # 3 units of 100 tokens in 10 s, 3 to go
+        bar.advance(1)
+    assert json.loads(path.read_text())["done"] == 8
+    path.unlink()
+    clock.now += 60
+    bar.advance(1)
+    Report.write()
+    assert not path.exists()
+
+
+def test_report_of_a_stage_that_fails_is_written_and_the_next_begins_empty(clock: Clock, tmp_path: Path) -> None:
+    with pytest.raises(StoppedInTime), Report.into(tmp_path / "first.json"):
+        Progress("train", 10).advance(3)
+        raise StoppedInTime("now")
+    assert json.loads((tmp_path / "first.json").read_text())["done"] == 3
+    with Report.into(tmp_path / "second.json"):
+        pass
+    assert not (tmp_path / "second.json").exists()
+
+
+def test_report_that_cannot_be_written_does_not_stop_the_work(clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "state").write_text("a file")
+    with Report.into(tmp_path / "state/progress.json"):
+        Progress("train", 10).advance(10)
+    assert capsys.readouterr().out == "  train: 10/10, 0.0 s\n"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,16 +31,17 @@ def test_readme_names_the_known_commands() -> None:
 
 
 @pytest.mark.parametrize("option", ["--help", "--plan", "--status"])
-def test_information(option: str) -> None:
+def test_information(option: str, checkout_copy: Path) -> None:
     assert f"bash run_all.sh {option}" in OF_RUNS
-    shown = subprocess.run(["bash", "run_all.sh", option], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert {"--help": "--discard", "--plan": "7 aggregate", "--status": "stage 7 aggregate"}[option] in shown.stdout
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    shown = subprocess.run(["bash", "run_all.sh", option], cwd=checkout_copy, env=environment, capture_output=True, text=True, check=True)
+    assert {"--help": "--discard", "--plan": "7 aggregate", "--status": "7 aggregate"}[option] in shown.stdout
     assert shown.stderr == ""
 
 
 def test_first_command_without_sbatch(own_folders: Path) -> None:
     assert OF_RUNS[0] == "bash run_all.sh"
-    environment = {name: value for name, value in os.environ.items() if name != "PATH"} | {"PATH": _path_without("sbatch")}
+    environment = os.environ | {"PATH": _path_without("sbatch", own_folders / "bin")}
     command = ["bash", "run_all.sh", "--config", TINY]
     shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
@@ -48,8 +50,14 @@ def test_first_command_without_sbatch(own_folders: Path) -> None:
     assert again.stdout.count("already complete") == len(stages())
 
 
-def _path_without(program: str) -> str:
-    return os.pathsep.join(folder for folder in os.environ["PATH"].split(os.pathsep) if not Path(folder, program).exists())
+def _path_without(program: str, folder: Path) -> str:
+    """A folder with links to all programs of the PATH but one."""
+    folder.mkdir()
+    for place in os.environ["PATH"].split(os.pathsep):
+        for path in Path(place).glob("*"):
+            if path.name != program and not (folder / path.name).exists():
+                (folder / path.name).symlink_to(path)
+    return str(folder)
 
 
 def test_softplus_run(own_folders: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ import pytest
 from configs.presets import load
 from tests.fake_stages import NUMBERS, PIPELINE, ROOT, SQUARES, SQUARES_OF_42, TINY, TOTAL, StopAt, contents, folder_of, in_child, run
 from utils.run.artifacts import write_text
-from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, WorkFailed
+from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
 from utils.run.folders import Folders
 from utils.run.lock import locked
 from utils.run.preemption import Stop
-from utils.run.stage import Context, Stage, run_stage, set_aside
+from utils.run.progress import Progress
+from utils.run.stage import Context, Stage, run_stage, set_aside, standing
 from utils.run.status import status_table
 
 
@@ -279,6 +281,28 @@ def test_other_process_that_slips_in_after_the_move_is_not_trampled(own_folders:
     assert run(replace(NUMBERS, run=must_not_run), "training.steps=13", discard=True) == REFUSED
 
 
+def test_restarted_job_waits_for_its_first_start_to_end(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM may start a job again while its first process is still alive, on a node that it lost sight of."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    ready, folder = own_folders / "ready", folder_of(NUMBERS, own_folders)
+    code = f"""
+import time
+from pathlib import Path
+from utils.run.lock import locked
+with locked(Path({str(folder)!r})):
+    Path({str(ready)!r}).touch()
+    time.sleep(1)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT):
+        while not ready.exists():
+            time.sleep(0.01)
+        asked = StopAt(10**6)
+        asked.reason = "signal SIGUSR1"
+        assert run(NUMBERS, stop=asked) == STOPPED  # asked to stop meanwhile: back into the queue, not refused
+        assert run(NUMBERS) == DONE
+        monkeypatch.delenv("SLURM_RESTART_COUNT")
+
+
 def test_second_process_is_refused_and_told_who_the_first_is(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(NUMBERS, own_folders)
     code = f"""
@@ -298,6 +322,12 @@ with locked(Path({str(folder)!r})):
         assert "wait for it to end" in message
         first.kill()
     assert run(NUMBERS) == DONE  # the lock died with its owner
+
+
+def test_owner_of_a_lock_inside_a_job_is_named_with_it(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with locked(own_folders), pytest.raises(InputError, match=r"process \d+ on .* \(job 17\) is at work here"), locked(own_folders):
+        pass
 
 
 def test_set_aside_finds_a_free_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,15 +367,108 @@ def test_status_tells_complete_begun_damaged_and_not_begun(own_folders: Path) ->
     damaged = folder_of(NUMBERS, own_folders, seed=7)
     damaged.mkdir(parents=True)
     (damaged / "manifest.json").write_text("{")
+    (folder_of(SQUARES, own_folders) / "state/checkpoints/step_00000005/manifest.json").write_text('{"files": {}}')
     before = contents(own_folders)
-    first, *lines = status_table(PIPELINE, config).splitlines()
+    first, heads, *lines = status_table(PIPELINE, config).splitlines()
     assert first == f"run tiny in {own_folders / 'scratch/foundation_llm_work/tiny'}"
-    states = {line[2:38].strip(): line[39:] for line in lines}
-    assert states["stage 0 numbers, seed 42"].startswith("complete, 20")
-    assert states["stage 0 numbers, seed 7"].startswith(f"damaged: {damaged / 'manifest.json'}: expected a JSON file")
-    assert states["stage 1 squares, seed 42"] == "begun, 1 start(s), checkpoint step_00000010"
-    assert states["stage 1 squares, seed 7"] == states["stage 2 total"] == "not begun"
+    assert heads.split() == ["stage", "seed", "state", "progress", "checkpoint", "starts"]
+    rows = [line.split(maxsplit=4) for line in lines]
+    assert [row[:3] for row in rows] == [
+        ["0", "numbers", "42"],
+        ["0", "numbers", "7"],
+        ["1", "squares", "42"],
+        ["1", "squares", "7"],
+        ["2", "total", "all"],
+    ]
+    assert rows[0][3] == "complete" and rows[0][4].startswith("20") and rows[0][4].endswith(" 1")
+    assert rows[1][3] == "damaged" and rows[1][4].startswith(f"{damaged / 'manifest.json'}: expected a JSON file")
+    assert rows[2][3:] == ["begun", "step_00000005  1"]  # the newer folder has no manifest
+    assert rows[3][3:] == rows[4][3:] == ["not", "begun"]
     assert contents(own_folders) == before
+
+
+def test_status_tells_progress_speed_and_time_left(own_folders: Path) -> None:
+    def work(ctx: Context) -> None:
+        Progress("train", 12, done=2).advance(4, "loss 2.5")
+        raise StoppedInTime("the test says so")
+
+    run(NUMBERS)
+    assert run(replace(SQUARES, run=work)) == STOPPED
+    report = folder_of(SQUARES, own_folders) / "state/progress.json"
+    facts = json.loads(report.read_text())
+    report.write_text(json.dumps(facts | {"tokens_per_second": 12800.4, "seconds_left": 245.0}))
+    _, heads, _, row, _ = status_table(PIPELINE, load(TINY)).splitlines()
+    assert heads.split() == ["stage", "seed", "state", "progress", "tokens/s", "left", "starts"]
+    assert " ".join(row.split()) == "1 squares 42 begun train 6/12, loss 2.5 12,800 4 min 05 s 1"
+    report.write_text(json.dumps(facts | {"note": "", "tokens_per_second": None, "seconds_left": None}))
+    assert status_table(PIPELINE, load(TINY)).splitlines()[3].split()[3:] == ["begun", "train", "6/12", "1"]
+    report.write_text("{}")
+    assert status_table(PIPELINE, load(TINY)).splitlines()[3].split()[3] == "damaged"
+    assert run(SQUARES) == DONE
+    assert not report.exists()
+
+
+def stands(stage: Stage, *overrides: str, pipeline: tuple[Stage, ...] = PIPELINE) -> tuple[bool, str]:
+    config = load(TINY, overrides)
+    complete, reason = standing(stage, config, 42, pipeline, Folders.of(config.paths, config.run_name))
+    return complete, reason or ""
+
+
+def test_standing_is_what_a_start_would_find(own_folders: Path) -> None:
+    assert stands(NUMBERS) == stands(SQUARES) == stands(TOTAL) == (False, "")
+    run(NUMBERS)
+    run(SQUARES, stop=StopAt(3))
+    assert stands(NUMBERS) == (True, "")
+    assert stands(SQUARES) == (False, "")  # begun
+    run(SQUARES)
+    run(TOTAL)
+    before = contents(own_folders)
+    assert stands(SQUARES) == stands(TOTAL) == (True, "")
+    assert contents(own_folders) == before
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_standing_of_another_configuration_or_version_is_refused(begun: bool, own_folders: Path) -> None:
+    run(NUMBERS)
+    run(SQUARES, stop=StopAt(3) if begun else None)
+    complete, reason = stands(SQUARES, "uat.sweeps=1")
+    assert not complete
+    assert f"{folder_of(SQUARES, own_folders)} holds another experiment" in reason
+    assert "config.uat.sweeps: 2 -> 1" in reason and "--discard" in reason
+    complete, reason = stands(replace(SQUARES, version=2))
+    assert not complete
+    assert "version: 1 -> 2" in reason
+
+
+def test_standing_on_changed_inputs_is_refused_but_a_summary_is_just_made_again(own_folders: Path) -> None:
+    run(NUMBERS)
+    run(SQUARES)
+    run(TOTAL)
+    run(NUMBERS, "training.steps=13", discard=True)
+    complete, reason = stands(SQUARES, "training.steps=13")
+    assert not complete
+    assert "inputs.numbers: " in reason
+    run(SQUARES, "training.steps=13", discard=True)
+    assert stands(TOTAL, "training.steps=13") == (False, "")
+    assert stands(TOTAL, "training.steps=13", "seeds=[42, 7]") == (False, "")
+
+
+def test_standing_on_an_input_that_is_gone_is_open(own_folders: Path) -> None:
+    run(NUMBERS)
+    run(SQUARES)
+    (folder_of(NUMBERS, own_folders) / "manifest.json").unlink()
+    assert stands(SQUARES) == (False, "")
+
+
+def test_standing_on_damaged_files_is_refused(own_folders: Path) -> None:
+    run(NUMBERS)
+    output, mark = (folder_of(NUMBERS, own_folders) / name for name in ("below/numbers.json", "manifest.json"))
+    cut(output)
+    complete, reason = stands(NUMBERS)
+    assert not complete and f"a complete stage was damaged: {output} has " in reason
+    mark.write_text("{")
+    complete, reason = stands(NUMBERS)
+    assert not complete and f"{mark}: expected a JSON file" in reason and "--discard" in reason
 
 
 def test_an_input_made_from_older_work_is_refused(own_folders: Path) -> None:

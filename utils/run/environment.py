@@ -11,6 +11,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
+REVISION = "REVISION"  # of code that was copied out of its checkout
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "scipy")
 
 
@@ -32,8 +33,13 @@ def versions() -> dict[str, str]:
 
 @lru_cache
 def code_revision() -> str:
-    """The git commit of this checkout, with '+changes' if the working tree differs from it; 'unknown' without git."""
+    """The git commit of this checkout, with '+changes' if the working tree differs from it; 'unknown' without git.
+
+    A frozen copy of the code (see utils/slurm/snapshot.py) holds it in a file.
+    """
     root = Path(__file__).resolve().parents[2]
+    if (root / REVISION).is_file():
+        return (root / REVISION).read_text(encoding="utf-8").strip()
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
@@ -44,5 +50,14 @@ def code_revision() -> str:
         return "unknown"
 
 
+def restarted() -> bool:
+    """Whether SLURM has started this job before. Its first start may still be alive, on a node that SLURM lost sight of."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
 def host() -> dict[str, str | int]:
-    return {"host": socket.gethostname(), "platform": platform.platform(), "cores": os.cpu_count() or 1}
+    """Where this process runs; inside a SLURM job, in which job and after how many restarts of it."""
+    job = (
+        {"job": os.environ["SLURM_JOB_ID"], "restarts": os.environ.get("SLURM_RESTART_COUNT", "0")} if "SLURM_JOB_ID" in os.environ else {}
+    )
+    return {"host": socket.gethostname(), "platform": platform.platform(), "cores": os.cpu_count() or 1, **job}

@@ -38,7 +38,8 @@ def locked(folder: Path, *, queue: Stop | None = None) -> Iterator[None]:
                 queue.check()
                 time.sleep(POLL_SECONDS)
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        job = f" (job {os.environ['SLURM_JOB_ID']})" if "SLURM_JOB_ID" in os.environ else ""
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}{job}".encode(), 0)
         yield
     finally:
         os.close(handle)

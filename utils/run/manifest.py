@@ -68,13 +68,13 @@ def digest_of(manifest: Mapping[str, Any], name: str) -> str:
     return value_digest(manifest["outputs"][name]["files"])
 
 
-def first_damage(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """What is wrong with the named outputs, in words; None if all are intact."""
+def first_damage(folder: Path, manifest: Mapping[str, Any], names: Iterable[str], contents: bool = True) -> str | None:
+    """What is wrong with the named outputs, in words; None if all are intact. Without `contents` by size alone."""
     for name in names:
         facts = manifest["outputs"].get(name)
         if facts is None:
             return f"{folder / MANIFEST} lists no output {name!r}"
-        if fault := damage(folder / facts["path"], facts["files"]):
+        if fault := damage(folder / facts["path"], facts["files"], contents):
             return fault
     return None
 

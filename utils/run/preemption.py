@@ -12,13 +12,19 @@ from utils.run.errors import StoppedInTime
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
-class Stop:
-    """The flag. `margin` seconds before the job's end the deadline counts as reached (SLURM_JOB_END_TIME, epoch seconds)."""
+MARGIN = 300.0  # seconds to save the state of a billion parameters on a slow file system
 
-    def __init__(self, margin: float = 120.0) -> None:
+
+class Stop:
+    """The flag. It rises by itself some time before the job's end (SLURM_JOB_END_TIME, epoch seconds), for sites that send no signal.
+
+    That is MARGIN before the end, but never more than a quarter of the time that there is.
+    """
+
+    def __init__(self) -> None:
         self.reason: str | None = None
         end = os.environ.get("SLURM_JOB_END_TIME", "")
-        self.deadline = float(end) - margin if end.isdigit() else None
+        self.deadline = float(end) - min(MARGIN, max(0.0, (float(end) - time.time()) / 4)) if end.isdigit() else None
 
     def listen(self) -> None:
         """Let SIGUSR1, SIGTERM and Ctrl-C set the flag; a second Ctrl-C ends the process at once."""

@@ -4,27 +4,84 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
+
+from utils.run.artifacts import write_json
+from utils.run.environment import now
+
+REPORT_EVERY = 10.0  # seconds between two reports to the file that others read
+
+
+class Report:
+    """progress.json of the stage at work: what another process can know of it. One stage runs at a time in a process."""
+
+    path: Path | None = None
+    facts: dict[str, Any] | None = None
+    written = 0.0
+
+    @classmethod
+    @contextmanager
+    def into(cls, path: Path) -> Iterator[None]:
+        """Keep `path` up to date while the block runs, and exact when it is left."""
+        cls.path, cls.facts, cls.written = path, None, 0.0
+        try:
+            yield
+        finally:
+            cls.write()
+            cls.path = None
+
+    @classmethod
+    def update(cls, facts: dict[str, Any]) -> None:
+        cls.facts = facts
+        if time.monotonic() - cls.written >= REPORT_EVERY:
+            cls.write()
+
+    @classmethod
+    def write(cls) -> None:
+        cls.written = time.monotonic()
+        if cls.path is not None and cls.facts is not None:
+            with suppress(OSError):  # a report that cannot be written is no reason to stop the work
+                write_json(cls.path, cls.facts | {"at": now()})
 
 
 class Progress:
     """A bar over `total` units that may start at `done` (a resumed run)."""
 
-    def __init__(self, label: str, total: int, done: int = 0, every_seconds: float = 15.0) -> None:
+    def __init__(self, label: str, total: int, done: int = 0, every_seconds: float = 15.0, tokens_per_unit: int = 0) -> None:
         self.label, self.total, self.done, self.start_at = label, total, done, done
-        self.every = every_seconds
+        self.every, self.tokens_per_unit, self.note = every_seconds, tokens_per_unit, ""
         self.began = self.spoken = time.monotonic()
         self.bar = tqdm(total=total, initial=done, desc=label, leave=False) if sys.stderr.isatty() else None
+        Report.update(self._facts())
 
     def advance(self, units: int = 1, note: str = "") -> None:
         self.done += units
+        self.note = note or self.note
+        Report.update(self._facts())
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(units)
         elif time.monotonic() - self.spoken >= self.every or self.done >= self.total:
             self.spoken = time.monotonic()
             print(f"  {self.label}: {self.done}/{self.total}{self._left()}{'  ' + note if note else ''}", flush=True)
+
+    def _facts(self) -> dict[str, Any]:
+        """Units done, units a second of this start, seconds left, tokens a second where a unit is a number of tokens."""
+        gained, seconds = self.done - self.start_at, time.monotonic() - self.began
+        rate = gained / seconds if gained and seconds else None
+        return {
+            "label": self.label,
+            "done": self.done,
+            "total": self.total,
+            "note": self.note,
+            "tokens_per_second": round(rate * self.tokens_per_unit, 1) if rate and self.tokens_per_unit else None,
+            "seconds_left": round((self.total - self.done) / rate, 1) if rate else None,
+        }
 
     def _left(self) -> str:
         gained = self.done - self.start_at

@@ -15,12 +15,12 @@ from typing import Any
 from configs.schema import Experiment
 from utils.run import manifest
 from utils.run.artifacts import remove, sweep_temporaries
-from utils.run.environment import code_revision
+from utils.run.environment import code_revision, restarted
 from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
 from utils.run.folders import Folders
 from utils.run.lock import locked
 from utils.run.preemption import Stop
-from utils.run.progress import duration
+from utils.run.progress import Report, duration
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE}
@@ -93,7 +93,7 @@ def run_stage(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[St
     try:
         folders = Folders.of(config.paths, config.run_name)
         folder = stage.folder(folders, seed)
-        with locked(folder):
+        with locked(folder, queue=stop if restarted() else None):
             inputs, identity = _gather(stage, config, seed, pipeline, folders)
             context = Context(config, folders, seed, folder, stage.writes, inputs, stop, identity)
             reason = _unusable(stage, context)
@@ -143,7 +143,8 @@ def _work(stage: Stage, context: Context, where: str) -> int:
     notes = manifest.begin(folder, context.identity)
     _warn_of_changed_code(notes)
     sweep_temporaries(folder)
-    stage.run(context)
+    with Report.into(context.state / "progress.json"):
+        stage.run(context)
     seconds = time.monotonic() - began
     manifest.complete(folder, notes, stage.writes, seconds)
     remove(context.state)
@@ -180,7 +181,7 @@ def _gather(
             if fault := manifest.first_damage(origin, done, [name]):
                 raise InputError(f"the input {name!r} is damaged: {fault}; {again.removesuffix(' first')} again with --discard")
             inputs[one][name] = origin / source.writes[name]
-            digests[f"seed {one}: {name}" if not stage.every_seed else name] = manifest.digest_of(done, name)
+            digests[_input_key(stage, name, one)] = manifest.digest_of(done, name)
     identity = {"stage": stage.label, "version": stage.version, "config": _chosen(stage, config), "inputs": digests}
     if stage.every_seed:
         identity["seed"] = seed
@@ -201,6 +202,39 @@ def _stale(stage: Stage, done: Mapping[str, Any], seed: int, pipeline: Sequence[
     return None
 
 
+def standing(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[Stage], folders: Folders) -> tuple[bool, str | None]:
+    """(is it complete, why its folder cannot be gone on with): what a start would find, as far as manifests and the sizes of files tell."""
+    folder = stage.folder(folders, seed)
+    try:
+        done = manifest.completed(folder)
+        there = done or manifest.started(folder)
+    except InputError as error:
+        return False, _unreadable(error)
+    if there is None:
+        return False, None
+    asked = {"version": stage.version, "config": _chosen(stage, config)}
+    if changed := manifest.differences({key: there["identity"].get(key) for key in asked}, asked):
+        return False, _another(folder, changed)
+    if done is None:
+        return False, None
+    if fault := manifest.first_damage(folder, done, stage.writes, contents=False):
+        return False, _damaged(fault)
+    now: dict[str, str] = {}
+    for one in (seed,) if stage.every_seed else config.seeds:
+        for name in stage.reads:
+            made = manifest.completed(producer(pipeline, name).folder(folders, one))
+            if made is None:
+                return False, None  # to be made again, perhaps with the same content: that is for the start to see
+            now[_input_key(stage, name, one)] = manifest.digest_of(made, name)
+    changed = manifest.differences({"inputs": done["identity"]["inputs"]}, {"inputs": now})
+    return not changed, _another(folder, changed) if changed and stage.every_seed else None
+
+
+def _input_key(stage: Stage, name: str, seed: int) -> str:
+    """How an input is called in the identity of a stage."""
+    return name if stage.every_seed else f"seed {seed}: {name}"
+
+
 def _chosen(stage: Stage, config: Experiment) -> dict[str, Any]:
     """The part of the configuration on which the stage's outputs depend."""
     settings = config.model_dump(mode="json")
@@ -214,7 +248,7 @@ def _unusable(stage: Stage, context: Context) -> str | None:
         done = manifest.completed(folder)
         there = manifest.started(folder) or done
     except InputError as error:
-        return f"{error}\n  Or move the whole folder aside and start afresh (--discard)."
+        return _unreadable(error)
     if there is None:
         left = [path for path in (context.state, *map(context.write, stage.writes)) if path.exists()]
         return (
@@ -223,13 +257,25 @@ def _unusable(stage: Stage, context: Context) -> str | None:
             else None
         )
     if changed := manifest.differences(there["identity"], context.identity):
-        return (
-            f"{folder} holds another experiment. Different (there -> asked for):\n    " + "\n    ".join(changed) + "\n  "
-            "Give this one another name (--run-name NAME), or move the old folder aside and start afresh (--discard)."
-        )
+        return _another(folder, changed)
     if done and (fault := manifest.first_damage(folder, done, stage.writes)):
-        return f"a complete stage was damaged: {fault}. Move its folder aside and make it again with --discard."
+        return _damaged(fault)
     return None
+
+
+def _damaged(fault: str) -> str:
+    return f"a complete stage was damaged: {fault}. Move its folder aside and make it again with --discard."
+
+
+def _unreadable(error: InputError) -> str:
+    return f"{error}\n  Or move the whole folder aside and start afresh (--discard)."
+
+
+def _another(folder: Path, changed: Sequence[str]) -> str:
+    return (
+        f"{folder} holds another experiment. Different (there -> asked for):\n    " + "\n    ".join(changed) + "\n  "
+        "Give this one another name (--run-name NAME), or move the old folder aside and start afresh (--discard)."
+    )
 
 
 def _outdated_summary(stage: Stage, context: Context) -> bool:

@@ -3,35 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from configs.schema import Experiment
 from utils.run import manifest
+from utils.run.artifacts import damage, read_json
 from utils.run.errors import InputError
 from utils.run.folders import Folders
+from utils.run.progress import duration
 from utils.run.stage import Stage
 
 
-def status_table(pipeline: Sequence[Stage], config: Experiment) -> str:
-    """One line for each stage and seed: complete, begun (with the newest checkpoint) or not begun."""
+@dataclass
+class Row:
+    """One stage of one seed (None: over all seeds). `job` and `slurm` are for those who know of a queue."""
+
+    stage: Stage
+    seed: int | None
+    state: str = "not begun"
+    progress: str = ""
+    speed: str = ""
+    left: str = ""
+    checkpoint: str = ""
+    starts: str = ""
+    job: str = ""
+    slurm: str = ""
+
+    def cells(self) -> list[str]:
+        who = [f"{self.stage.number} {self.stage.name}", "all" if self.seed is None else str(self.seed)]
+        return [*who, self.state, self.progress, self.speed, self.left, self.checkpoint, self.starts, self.job, self.slurm]
+
+
+HEADS = ["stage", "seed", "state", "progress", "tokens/s", "left", "checkpoint", "starts", "job", "SLURM"]
+
+
+def rows(pipeline: Sequence[Stage], config: Experiment) -> list[Row]:
+    """What the folders tell of every stage and seed."""
     folders = Folders.of(config.paths, config.run_name)
-    lines = [f"run {config.run_name} in {folders.run}"]
+    found = []
     for stage in pipeline:
         for seed in config.seeds if stage.every_seed else (None,):
-            folder = stage.folder(folders, seed or 0)
-            who = f"stage {stage.number} {stage.name}" + (f", seed {seed}" if seed is not None else "")
-            lines.append(f"  {who:<36} {_state(folder)}")
-    return "\n".join(lines)
+            row = Row(stage, seed)
+            try:
+                _read(row, stage.folder(folders, seed or 0))
+            except (InputError, OSError, KeyError, TypeError) as error:
+                row.state, row.progress = "damaged", str(error)
+            found.append(row)
+    return found
 
 
-def _state(folder: Path) -> str:
-    try:
-        if done := manifest.completed(folder):
-            return f"complete, {done['finished']}, {len(done['starts'])} start(s)"
-        if begun := manifest.started(folder):
-            steps = sorted((folder / "state" / "checkpoints").glob("step_*"))
-            newest = f", checkpoint {steps[-1].name}" if steps else ""
-            return f"begun, {len(begun['starts'])} start(s){newest}"
-    except (InputError, OSError) as error:
-        return f"damaged: {error}"
-    return "not begun"
+def _read(row: Row, folder: Path) -> None:
+    if done := manifest.completed(folder):
+        row.state, row.starts, row.progress = "complete", str(len(done["starts"])), str(done["finished"])
+    elif begun := manifest.started(folder):
+        row.state, row.starts = "begun", str(len(begun["starts"]))
+        row.checkpoint = newest_checkpoint(folder / "state" / "checkpoints")
+        if (folder / "state" / "progress.json").exists():
+            facts = read_json(folder / "state" / "progress.json")
+            row.progress = f"{facts['label']} {facts['done']}/{facts['total']}" + (f", {facts['note']}" if facts["note"] else "")
+            row.speed = f"{facts['tokens_per_second']:,.0f}" if facts["tokens_per_second"] else ""
+            row.left = duration(facts["seconds_left"]) if facts["seconds_left"] else ""
+
+
+def newest_checkpoint(folder: Path) -> str:
+    """Name of the newest checkpoint whose files have their sizes (their checksums are looked at when it is loaded)."""
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        try:
+            if damage(path, read_json(path / "manifest.json")["files"], contents=False) is None:
+                return path.name
+        except (InputError, KeyError, TypeError, AttributeError):
+            continue
+    return ""
+
+
+def table(found: Sequence[Row]) -> str:
+    """Columns that have something in them, aligned."""
+    lines = [HEADS, *(row.cells() for row in found)]
+    used = [column for column in range(len(HEADS)) if any(line[column] for line in lines[1:])]
+    widths = {column: max(len(line[column]) for line in lines) for column in used}
+    return "\n".join("  " + "  ".join(line[column].ljust(widths[column]) for column in used).rstrip() for line in lines)
+
+
+def status_table(pipeline: Sequence[Stage], config: Experiment) -> str:
+    """The run's place and its table, from the folders alone."""
+    return f"run {config.run_name} in {Folders.of(config.paths, config.run_name).run}\n{table(rows(pipeline, config))}"

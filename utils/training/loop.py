@@ -74,7 +74,7 @@ def train(run: Run) -> tuple[TrainState, Checkpoints]:
 
 def _train_on(run: Run, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints, state: TrainState, log: MetricsLog) -> None:
     """Steps from `state.step` to the last one. Each validation is followed by a checkpoint, and so is a request to stop."""
-    progress = Progress(run.label, run.spec.steps, state.step)
+    progress = Progress(run.label, run.spec.steps, state.step, tokens_per_unit=run.tokens_per_step)
     began, earlier = time.monotonic(), state.seconds
     while state.step < run.spec.steps:
         rate = learning_rate(

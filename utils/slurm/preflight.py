@@ -1,0 +1,208 @@
+"""What would fail hours later in the queue, looked at before anything is submitted."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from configs.schema import Experiment
+from utils.run.stage import Stage
+from utils.slurm import client
+from utils.slurm.chain import Chain
+from utils.slurm.client import SlurmError
+
+LOCAL_FILE_SYSTEMS = {"tmpfs", "ramfs", "overlay", "ext4", "ext3", "xfs", "btrfs"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: `no` stops the submission, `warn` does not."""
+
+    name: str
+    verdict: Literal["ok", "warn", "no"]
+    words: str
+
+
+def checks(chain: Chain, stages: Sequence[Stage]) -> list[Check]:
+    return [accepted(chain, stages), environment(chain), *places(chain), disk(chain), offline(chain, stages)]
+
+
+def accepted(chain: Chain, stages: Sequence[Stage]) -> Check:
+    """Partition, qos, account, GPU, memory and time limit of every script, by `sbatch --test-only`."""
+    partitions: list[dict[str, str]] = []
+    for stage in stages:
+        script = chain.script(stage)
+        try:
+            client.call(
+                "sbatch", "--test-only", *chain.options(stage), f"--output={os.devnull}", str(chain.root / script), cwd=str(chain.root)
+            )
+            partitions = partitions or client.partitions()
+            fault = _beyond_limit(chain, stage, partitions)
+        except client.NoAnswer:
+            raise
+        except SlurmError as error:
+            fault = "; ".join(line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines())
+        if fault:
+            return Check(
+                "SLURM", "no", f"{script} is not accepted: {fault}. Correct the cluster file (--cluster) or the SBATCH_* variables"
+            )
+    return Check("SLURM", "ok", f"{len(stages)} job scripts are accepted by this site")
+
+
+def _beyond_limit(chain: Chain, stage: Stage, partitions: Sequence[dict[str, str]]) -> str | None:
+    """What is wrong with the time asked for. A site that does not enforce the limits of its partitions accepts it, for ever to wait."""
+    script = (chain.root / chain.script(stage)).read_text(encoding="utf-8")
+    given = dict(option[2:].split("=", 1) for option in chain.options(stage))
+
+    def asked(option: str, variable: str) -> str | None:
+        line = re.search(rf"^#SBATCH --{option}=(\S+)", script, re.MULTILINE)
+        return given.get(option) or os.environ.get(variable) or (line[1] if line else None)
+
+    time, wanted = asked("time", "SBATCH_TIMELIMIT"), asked("partition", "SBATCH_PARTITION")
+    limits = {
+        one["PartitionName"]: one.get("MaxTime", "UNLIMITED")
+        for one in partitions
+        if one["PartitionName"] in (wanted or "").split(",") or (wanted is None and one.get("Default") == "YES")
+    }
+    if time and limits and all(_minutes(time) > _minutes(limit) for limit in limits.values()):
+        return f"it asks for the time {time}, and the limit of the partition is " + ", ".join(f"{limits[name]} ({name})" for name in limits)
+    return None
+
+
+def _minutes(time: str) -> float:
+    """SLURM writes minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds], or a word for no limit."""
+    if not (parts := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)):
+        return float("inf")
+    days, first, second, third = (int(part or 0) for part in parts.groups())
+    hours = parts[1] is not None or parts[4] is not None
+    return days * 1440 + (first * 60 + second + third / 60 if hours else first + second / 60)
+
+
+def environment(chain: Chain) -> Check:
+    """The Python that the jobs will use has the packages, after the site's own shell lines."""
+    own = [*chain.cluster.environment, "PYTHON=$(command -v python)"] if chain.cluster.environment else []
+    lines = [". jobs/environment.sh", f"PYTHON={shlex.quote(sys.executable)}", *own, 'has_packages "$PYTHON" && echo "$PYTHON"']
+    try:
+        done = subprocess.run(["bash", "-c", "\n".join(lines)], cwd=chain.root, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return Check("environment", "no", "the shell lines of `environment` in the cluster file did not end in 120 s")
+    if done.returncode:
+        said = f" ({done.stderr.strip().splitlines()[-1]})" if done.stderr.strip() else ""
+        return Check(
+            "environment", "no", f"the jobs' Python lacks packages of requirements.txt{said}; correct `environment` in the cluster file"
+        )
+    return Check("environment", "ok", f"{done.stdout.strip().splitlines()[-1]} has the packages")
+
+
+def places(chain: Chain) -> list[Check]:
+    """Every folder of the run takes a file, and none is one that only this machine sees."""
+    folders = {"paths.work": chain.folders.work, "paths.results": chain.folders.results, "paths.cache": chain.folders.cache}
+    faults = [fault for name, path in folders.items() if (fault := _unwritable(name, path))]
+    if faults:
+        return [Check("folders", "no", fault) for fault in faults]
+    kinds = {path: _file_system(path) for path in (*folders.values(), chain.root)}
+    if local := [f"{path} ({kind})" for path, kind in kinds.items() if kind in LOCAL_FILE_SYSTEMS]:
+        words = f"often seen by one machine only, jobs on other nodes need shared folders: {', '.join(local)}"
+        return [Check("folders", "warn", words)]
+    return [Check("folders", "ok", "all can be written and are on " + ", ".join(sorted(set(kinds.values()))))]
+
+
+def _unwritable(name: str, path: Path) -> str | None:
+    probe = path / f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        return f"{path} cannot be written: {error.strerror}; choose another folder ({name}, $SCRATCH, $PROJECT)"
+    return None
+
+
+def _file_system(path: Path) -> str:
+    """Type of the file system that holds a folder, from the kernel's list of mounts."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return ""
+    named = [(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), point), kind) for point, kind in mounts]
+    held = [(point, kind) for point, kind in reversed(named) if path.is_relative_to(point)]  # of two mounts in one place the later one
+    return max(held, key=lambda mount: len(mount[0]), default=("", ""))[1]
+
+
+def disk(chain: Chain) -> Check:
+    """Free space against an estimate."""
+    free = shutil.disk_usage(chain.folders.work).free / 1e9
+    need = needed_gigabytes(chain.config)
+    if need is None:
+        return Check("disk", "warn", f"{free:.0f} GB free; the need is not known, as the size of {chain.config.model.name} is not")
+    if free < need:
+        return Check("disk", "no", f"{chain.folders.work}: {free:.0f} GB free, about {need:.0f} GB needed; make room or set paths.work")
+    return Check("disk", "ok", f"{free:.0f} GB free, about {need:.1f} GB needed")
+
+
+def needed_gigabytes(config: Experiment) -> float | None:
+    """Models, checkpoints of both arms and tokens, in 10^9 bytes; None if the model's size is not known.
+
+    fp32: 4 bytes a parameter in each of four models and 12 in each checkpoint (weights, two moments); checkpoints: those kept, the
+    best one, and the one being written. Tokens: 4 bytes at most.
+    """
+    parameters = _parameters(config)
+    if parameters is None:
+        return None
+    checkpoints = 2 * (config.training.keep_last + 2) * 12
+    return (parameters * (4 + len(config.seeds) * (3 * 4 + checkpoints)) + 4 * config.data.train_tokens) / 1e9
+
+
+def _parameters(config: Experiment) -> float | None:
+    """From the shape of a scratch model, or from the size in a published model's name, such as pythia-1.4b."""
+    if shape := config.model.scratch:
+        return shape.vocabulary * shape.hidden * 2 + shape.layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.intermediate)
+    named = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", config.model.name.lower())
+    return float(named[1]) * {"b": 1e9, "m": 1e6}[named[2]] if named else None
+
+
+def offline(chain: Chain, stages: Sequence[Stage]) -> Check:
+    """What stage 0 will fetch is in the local cache already, where its node has no network."""
+    first = [stage for stage in stages if stage.number == 0]
+    wanted = fetched(chain.config)
+    if not first or not wanted or chain.cluster.network != "none":
+        return Check(
+            "network", "ok", "nothing is fetched by these jobs" if not (first and wanted) else "stage 0 runs where the network is reached"
+        )
+    absent = [name for kind, repository, revision, file, name in wanted if not _cached(kind, repository, revision, file)]
+    if absent:
+        return Check(
+            "network",
+            "no",
+            f"compute nodes have no network (cluster.network), and the cache lacks {', '.join(absent)}; fetch and tokenise here "
+            f"first: bash run_all.sh --local --to 0 with the same --config",
+        )
+    return Check("network", "ok", "what stage 0 needs is in the local cache")
+
+
+def fetched(config: Experiment) -> list[tuple[str, str, str, str, str]]:
+    """(kind of repository, repository, revision, file, how to call it) of what setup takes from the hub."""
+    wanted = []
+    if config.model.source == "pretrained" and not Path(config.model.name).is_dir():
+        wanted.append(("model", config.model.name, config.model.revision, "config.json", f"the model {config.model.name}"))
+    if config.data.files and config.data.files.repository:
+        files, repository = config.data.files, config.data.files.repository
+        wanted += [
+            ("dataset", repository, files.revision, name, f"{repository}/{name}") for name in (*files.train, *files.validation, *files.test)
+        ]
+    return wanted
+
+
+def _cached(kind: str, repository: str, revision: str, file: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, file, revision=revision, repo_type=kind), str)

@@ -43,6 +43,7 @@ class FakeSlurm:
         self.refuses: dict[str, str] = {}
         self.accounts: dict[str, str] = {}
         self.limits: dict[str, str] = {}
+        self.out_of_service: list[str] = []
         self.away = False
         self.ids = iter(range(100, 1000))
 
@@ -55,6 +56,9 @@ class FakeSlurm:
                 raise SlurmError(f"{command[0]}: {words}")
         answer: str = getattr(self, command[0])(list(command[1:]), cwd)
         return answer
+
+    def sinfo(self, arguments: list[str], cwd: str | None) -> str:
+        return "\n".join(self.out_of_service)
 
     def add(self, job: str, name: str, state: str = "PENDING", reason: str = "None", folder: str = "", comment: str = "") -> None:
         number, _, task = job.partition("_")

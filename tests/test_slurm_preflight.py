@@ -75,6 +75,20 @@ def test_script_that_is_not_accepted_is_named_with_slurms_words(chain: Chain, sl
     )
 
 
+def test_script_that_only_nodes_out_of_service_fit_is_a_warning(chain: Chain, slurm: FakeSlurm) -> None:
+    slurm.refuses["sbatch --test-only"] = "allocation failure: Requested node configuration is not available"
+    assert preflight.accepted(chain, STAGES[2:3]).verdict == "no"
+    slurm.out_of_service = ["n2", "n1", "n2"]
+    assert preflight.accepted(chain, STAGES[2:3]) == Check(
+        "SLURM",
+        "warn",
+        "jobs/job_2_baseline.sh: no node in service fits. Out of service: n1, n2 (sinfo -R says why); "
+        "if they fit, the jobs wait for them, if not, sbatch refuses",
+    )
+    slurm.refuses["sbatch --test-only"] = "invalid partition"
+    assert preflight.accepted(chain, STAGES[2:3]).verdict == "no"
+
+
 def test_controller_that_is_away_is_no_verdict(chain: Chain, slurm: FakeSlurm) -> None:
     slurm.away = True
     with pytest.raises(NoAnswer):

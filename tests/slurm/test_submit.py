@@ -53,6 +53,19 @@ def test_impossible_requests(cluster: Cluster, checkout: Checkout) -> None:
     assert "job_0_setup.sh is not accepted: sbatch: allocation failure: Requested time limit is invalid" in said
 
 
+def test_nodes_out_of_service(cluster: Cluster, prepare: Callable[..., Checkout]) -> None:
+    """Before a maintenance all nodes are drained: the run is submitted, with a warning, and runs afterwards."""
+    checkout = prepare(6)
+    cluster.call("scontrol", "update", f"NodeName={','.join(cluster.nodes)}", "State=DRAIN", "Reason=maintenance")
+    said = checkout.submit()
+    (line,) = [line for line in said.splitlines() if line.startswith("  warn  SLURM: ")]
+    assert "jobs/job_7_aggregate.sh: no node in service fits. Out of service: n1, n2, n3, n4" in line
+    (job,) = submitted(said).values()
+    assert cluster.states() == {job: "PENDING"}
+    cluster.call("scontrol", "update", f"NodeName={','.join(cluster.nodes)}", "State=RESUME")
+    assert cluster.wait(job) == "COMPLETED"
+
+
 @pytest.mark.skipif(bool(missing_accounting()), reason=f"no accounting here: {', '.join(missing_accounting())} (or name $SLURM_ACCOUNTING)")
 @pytest.mark.parametrize("cluster", [{"kind": AccountingCluster}], indirect=True)
 def test_accounts(cluster: AccountingCluster, prepared: Checkout) -> None:

@@ -99,6 +99,11 @@ def partitions() -> list[dict[str, str]]:
     return [_words(line) for line in call("scontrol", "-o", "show", "partition").splitlines()]
 
 
+def out_of_service() -> list[str]:
+    """Nodes that are drained, down, in maintenance, or not yet heard of since the controller started."""
+    return sorted(set(call("sinfo", "-h", "-N", "-t", "down,drain,fail,maint,unknown", "-o", "%N").split()))
+
+
 def _words(line: str) -> dict[str, str]:
     """The Name=value words of one line of scontrol."""
     return dict(word.split("=", 1) for word in line.split() if "=" in word)

@@ -20,6 +20,7 @@ from utils.slurm import client
 from utils.slurm.chain import Chain
 from utils.slurm.client import SlurmError
 
+FITS_NO_NODE = "Requested node configuration is not available"
 LOCAL_FILE_SYSTEMS = {"tmpfs", "ramfs", "overlay", "ext4", "ext3", "xfs", "btrfs"}
 
 
@@ -37,8 +38,12 @@ def checks(chain: Chain, stages: Sequence[Stage]) -> list[Check]:
 
 
 def accepted(chain: Chain, stages: Sequence[Stage]) -> Check:
-    """Partition, qos, account, GPU, memory and time limit of every script, by `sbatch --test-only`."""
+    """Partition, qos, account, GPU, memory and time limit of every script, by `sbatch --test-only`.
+
+    The trial looks only at nodes that are in service; sbatch itself accepts a job for a drained node, to wait there.
+    """
     partitions: list[dict[str, str]] = []
+    waiting: list[str] = []
     for stage in stages:
         script = chain.script(stage)
         try:
@@ -51,10 +56,19 @@ def accepted(chain: Chain, stages: Sequence[Stage]) -> Check:
             raise
         except SlurmError as error:
             fault = "; ".join(line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines())
-        if fault:
+        if fault and FITS_NO_NODE in fault and (away := client.out_of_service()):
+            waiting.append(str(script))
+        elif fault:
             return Check(
                 "SLURM", "no", f"{script} is not accepted: {fault}. Correct the cluster file (--cluster) or the SBATCH_* variables"
             )
+    if waiting:
+        return Check(
+            "SLURM",
+            "warn",
+            f"{', '.join(waiting)}: no node in service fits. Out of service: {', '.join(away)} (sinfo -R says why); "
+            "if they fit, the jobs wait for them, if not, sbatch refuses",
+        )
     return Check("SLURM", "ok", f"{len(stages)} job scripts are accepted by this site")
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,3 +89,13 @@ def stage_folder() -> Callable[[Path, int], Path]:
         return root / "scratch" / "foundation_llm_work" / "tiny" / "seed_42" / stages()[number].label
 
     return folder
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let every disk seem to have so many gigabytes free."""
+
+    def pretend(gigabytes: float) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=gigabytes * 1e9))
+
+    return pretend

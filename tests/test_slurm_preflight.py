@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
-from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 
 from configs.cluster import Cluster, Resources
-from configs.presets import load
 from stages.pipeline import stages
 from tests.fake_slurm import FakeSlurm, make_chain, small_checkout
-from tests.fake_stages import TINY
+from utils.run.checks import Check
 from utils.slurm import preflight
 from utils.slurm.chain import Chain
 from utils.slurm.client import NoAnswer
-from utils.slurm.preflight import Check
 
 STAGES = stages()
 STUDY = ("model={source: pretrained, name: EleutherAI/pythia-1.4b}",)
@@ -38,14 +35,9 @@ def chain(root: Path) -> Chain:
     return make_chain(root)
 
 
-def free(gigabytes: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, gigabytes * 1e9))
-
-
-def test_checks_of_a_good_site(chain: Chain, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_of_a_good_site(chain: Chain, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, free: Callable[[float], None]) -> None:
     monkeypatch.setattr(preflight, "LOCAL_FILE_SYSTEMS", set())
-    free(5, monkeypatch)
+    free(5)
     found = preflight.checks(chain, STAGES)
     assert [(one.name, one.verdict) for one in found] == [(name, "ok") for name in ("SLURM", "environment", "folders", "disk", "network")]
     assert slurm.jobs == {}
@@ -204,95 +196,13 @@ def test_probe_leaves_nothing_behind(chain: Chain) -> None:
 
 def test_local_file_system_is_warned_of(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {chain.folders.work: "lustre", chain.folders.results: "nfs4", chain.folders.cache: "lustre", chain.root: "ext4"}
-    monkeypatch.setattr(preflight, "_file_system", kinds.get)
+    monkeypatch.setattr(preflight, "file_system", kinds.get)
     (check,) = preflight.places(chain)
     assert check == Check(
         "folders", "warn", f"often seen by one machine only, jobs on other nodes need shared folders: {chain.root} (ext4)"
     )
     kinds[chain.root] = "beegfs"
     assert preflight.places(chain) == [Check("folders", "ok", "all can be written and are on beegfs, lustre, nfs4")]
-
-
-def test_file_system_is_what_df_says(own_folders: Path) -> None:
-    for path in (own_folders, Path("/"), Path("/proc")):
-        told = subprocess.run(["df", "--output=fstype", path], capture_output=True, text=True, check=True).stdout.split()[1]
-        assert preflight._file_system(path) in (told, "rootfs")
-
-
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [
-        ("/home/a", "nfs4"),
-        ("/homes", "ext4"),
-        ("/scratch/my dir/work", "lustre"),
-        ("/scratch/größe/work", "beegfs"),
-        ("/over/work", "gpfs"),
-    ],
-)
-def test_file_system_is_that_of_the_longest_and_newest_mount(path: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mounts = r"""/dev/a / ext4 rw 0 0
-server:/home /home nfs4 rw 0 0
-x /scratch/my\040dir lustre rw 0 0
-y /scratch/größe beegfs rw 0 0
-z /scratch xfs rw 0 0
-v /over xfs rw 0 0
-w /over gpfs rw 0 0"""
-    monkeypatch.setattr(Path, "read_text", lambda self, encoding: mounts)
-    assert preflight._file_system(Path(path)) == kind
-
-
-def test_file_system_is_unknown_without_a_list_of_mounts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(self: Path, encoding: str) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", absent)
-    assert preflight._file_system(Path("/")) == ""
-
-
-# --- disk
-
-
-@pytest.mark.parametrize(
-    ("overrides", "gigabytes"),
-    [
-        # 1.4e9 parameters; the base in fp32: 5.6; a seed: three models 16.8, and 2 arms x (2 kept + best + written) x 16.8 = 134.4
-        ((*STUDY, "data.train_tokens=250_000_000"), 5.6 + 16.8 + 134.4 + 1.0),
-        ((*STUDY, "data.train_tokens=250_000_000", "seeds=[1, 2]"), 5.6 + 2 * (16.8 + 134.4) + 1.0),
-        ((*STUDY, "data.train_tokens=250_000_000", "training.keep_last=1"), 5.6 + 16.8 + 100.8 + 1.0),
-        (("model={source: pretrained, name: HuggingFaceTB/SmolLM2-135M}", "data.train_tokens=1000"), 0.135 * 112 + 4e-6),
-        # tiny.yaml: 2 x 512 x 32 embeddings, 2 layers of 4 x 32 x 32 and 2 x 32 x 64: 49152 parameters; 60 000 tokens
-        ((), (49152 * 112 + 240_000) / 1e9),
-    ],
-)
-def test_need_is_what_a_hand_computes(overrides: tuple[str, ...], gigabytes: float) -> None:
-    given = ["model.scratch=null", *overrides] if overrides else []
-    assert preflight.needed_gigabytes(load(TINY, given)) == pytest.approx(gigabytes, rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("EleutherAI/pythia-70m", 70e6),
-        ("meta-llama/Llama-3.2-1B", 1e9),
-        ("/models/8bit/pythia-6.9b-deduped", 6.9e9),
-        ("gpt2", None),
-        ("my-2base", None),
-    ],
-)
-def test_size_is_read_from_the_name(name: str, parameters: float | None) -> None:
-    assert preflight._parameters(load(TINY, ["model.scratch=null", "model.source=pretrained", f"model.name={name}"])) == parameters
-
-
-def test_disk_is_held_against_the_need(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain = make_chain(root, "model.scratch=null", *STUDY)
-    chain.folders.work.mkdir(parents=True)
-    free(100, monkeypatch)
-    words = f"{chain.folders.work}: 100 GB free, about 157 GB needed; make room or set paths.work"
-    assert preflight.disk(chain) == Check("disk", "no", words)
-    free(200, monkeypatch)
-    assert preflight.disk(chain) == Check("disk", "ok", "200 GB free, about 156.8 GB needed")
-    unknown = make_chain(root, "model.scratch=null", "model={source: pretrained, name: gpt2}")
-    assert preflight.disk(unknown) == Check("disk", "warn", "200 GB free; the need is not known, as the size of gpt2 is not")
 
 
 # --- network

@@ -5,36 +5,24 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from configs.schema import Experiment
+from utils.run.checks import Check
+from utils.run.places import LOCAL_FILE_SYSTEMS, file_system, free_space, unwritable
 from utils.run.stage import Stage
 from utils.slurm import client
 from utils.slurm.chain import Chain
 from utils.slurm.client import SlurmError
 
 FITS_NO_NODE = "Requested node configuration is not available"
-LOCAL_FILE_SYSTEMS = {"tmpfs", "ramfs", "overlay", "ext4", "ext3", "xfs", "btrfs"}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line: `no` stops the submission, `warn` does not."""
-
-    name: str
-    verdict: Literal["ok", "warn", "no"]
-    words: str
 
 
 def checks(chain: Chain, stages: Sequence[Stage]) -> list[Check]:
-    return [accepted(chain, stages), environment(chain), *places(chain), disk(chain), offline(chain, stages)]
+    return [accepted(chain, stages), environment(chain), *places(chain), free_space(chain.config, chain.folders), offline(chain, stages)]
 
 
 def accepted(chain: Chain, stages: Sequence[Stage]) -> Check:
@@ -120,68 +108,14 @@ def environment(chain: Chain) -> Check:
 def places(chain: Chain) -> list[Check]:
     """Every folder of the run takes a file, and none is one that only this machine sees."""
     folders = {"paths.work": chain.folders.work, "paths.results": chain.folders.results, "paths.cache": chain.folders.cache}
-    faults = [fault for name, path in folders.items() if (fault := _unwritable(name, path))]
+    faults = [fault for name, path in folders.items() if (fault := unwritable(name, path))]
     if faults:
         return [Check("folders", "no", fault) for fault in faults]
-    kinds = {path: _file_system(path) for path in (*folders.values(), chain.root)}
+    kinds = {path: file_system(path) for path in (*folders.values(), chain.root)}
     if local := [f"{path} ({kind})" for path, kind in kinds.items() if kind in LOCAL_FILE_SYSTEMS]:
         words = f"often seen by one machine only, jobs on other nodes need shared folders: {', '.join(local)}"
         return [Check("folders", "warn", words)]
     return [Check("folders", "ok", "all can be written and are on " + ", ".join(sorted(set(kinds.values()))))]
-
-
-def _unwritable(name: str, path: Path) -> str | None:
-    probe = path / f".probe-{uuid.uuid4().hex[:8]}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        return f"{path} cannot be written: {error.strerror}; choose another folder ({name}, $SCRATCH, $PROJECT)"
-    return None
-
-
-def _file_system(path: Path) -> str:
-    """Type of the file system that holds a folder, from the kernel's list of mounts."""
-    try:
-        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return ""
-    named = [(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), point), kind) for point, kind in mounts]
-    held = [(point, kind) for point, kind in reversed(named) if path.is_relative_to(point)]  # of two mounts in one place the later one
-    return max(held, key=lambda mount: len(mount[0]), default=("", ""))[1]
-
-
-def disk(chain: Chain) -> Check:
-    """Free space against an estimate."""
-    free = shutil.disk_usage(chain.folders.work).free / 1e9
-    need = needed_gigabytes(chain.config)
-    if need is None:
-        return Check("disk", "warn", f"{free:.0f} GB free; the need is not known, as the size of {chain.config.model.name} is not")
-    if free < need:
-        return Check("disk", "no", f"{chain.folders.work}: {free:.0f} GB free, about {need:.0f} GB needed; make room or set paths.work")
-    return Check("disk", "ok", f"{free:.0f} GB free, about {need:.1f} GB needed")
-
-
-def needed_gigabytes(config: Experiment) -> float | None:
-    """Models, checkpoints of both arms and tokens, in 10^9 bytes; None if the model's size is not known.
-
-    fp32: 4 bytes a parameter in each of four models and 12 in each checkpoint (weights, two moments); checkpoints: those kept, the
-    best one, and the one being written. Tokens: 4 bytes at most.
-    """
-    parameters = _parameters(config)
-    if parameters is None:
-        return None
-    checkpoints = 2 * (config.training.keep_last + 2) * 12
-    return (parameters * (4 + len(config.seeds) * (3 * 4 + checkpoints)) + 4 * config.data.train_tokens) / 1e9
-
-
-def _parameters(config: Experiment) -> float | None:
-    """From the shape of a scratch model, or from the size in a published model's name, such as pythia-1.4b."""
-    if shape := config.model.scratch:
-        return shape.vocabulary * shape.hidden * 2 + shape.layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.intermediate)
-    named = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", config.model.name.lower())
-    return float(named[1]) * {"b": 1e9, "m": 1e6}[named[2]] if named else None
 
 
 def offline(chain: Chain, stages: Sequence[Stage]) -> Check:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.run.checks import passed
 from utils.run.errors import DONE, FAILED, REFUSED, InputError
 from utils.run.lock import locked
 from utils.run.stage import Stage, set_aside
@@ -17,7 +18,7 @@ from utils.slurm import client, snapshot
 from utils.slurm.chain import Chain
 from utils.slurm.client import Job, SlurmError
 from utils.slurm.plan import Key, Queued, Submission, submit_missing
-from utils.slurm.preflight import Check, checks
+from utils.slurm.preflight import checks
 
 ENDING_SECONDS = 60.0
 
@@ -65,7 +66,10 @@ def _submit(chain: Chain, frozen: snapshot.Snapshot, order: Order) -> int:
     if order.dry_run:
         _dry_run(chain, missing, complete, queued)
         return DONE
-    if not _passed(checks(chain, missing)) or not order.confirm(f"submit {len(missing)} stages of run {chain.config.run_name}?"):
+    if not passed(checks(chain, missing)):
+        print("nothing was submitted: correct what is marked 'no' above, then type the same command again", file=sys.stderr)
+        return REFUSED
+    if not order.confirm(f"submit {len(missing)} stages of run {chain.config.run_name}?"):
         return REFUSED
     _prepare(chain, frozen, unusable, jobs)
     before = set(queued)
@@ -141,15 +145,6 @@ def _speaking(chain: Chain, submission: Submission) -> str:
     seeds = f", seeds {','.join(map(str, submission.seeds))}" if submission.tasks else ""
     print(f"  job {job}: stage {submission.stage.number} {submission.stage.name}{seeds}{after}", flush=True)
     return job
-
-
-def _passed(found: Sequence[Check]) -> bool:
-    for check in found:
-        print(f"  {check.verdict:<5} {check.name}: {check.words}", file=sys.stderr if check.verdict == "no" else sys.stdout)
-    failed = [check for check in found if check.verdict == "no"]
-    if failed:
-        print("nothing was submitted: correct what is marked 'no' above, then type the same command again", file=sys.stderr)
-    return not failed
 
 
 def _half_way(error: SlurmError, any_submitted: bool) -> int:

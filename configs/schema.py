@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,10 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
+
+
+# what huggingface_hub's file system calls a path; a slash in a revision (refs/pr/4) is written %2F
+HUB_ENTRY = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/@]+))?/(?P<path>[^/].*)")
 
 
 class Section(BaseModel):
@@ -89,19 +94,27 @@ class Embedded(Section):
 
 
 class Files(Section):
-    """Rows in the Pile's own form (.jsonl or .jsonl.zst), local or in a hub dataset repository."""
+    """Files of rows, by split, in the order of reading.
 
-    repository: str | None = Field(None, description="hub dataset; null means local paths")
-    revision: str = Field("main", description="hub revision of the dataset")
+    An entry is a file, a folder, a pattern such as data/*.jsonl.zst, or any of these in a dataset repository of the hub:
+    hf://datasets/OWNER/NAME@REVISION/PATH (no @REVISION: main).
+    """
+
     train: tuple[str, ...] = Field(min_length=1)
     validation: tuple[str, ...] = Field(min_length=1, description="half of its documents become the attack texts")
     test: tuple[str, ...] = Field(min_length=1)
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        return (*self.train, *self.validation, *self.test)
+
     @model_validator(mode="after")
     def _check(self) -> Files:
-        named = [*self.train, *self.validation, *self.test]
-        if len(set(named)) < len(named):
+        if len(set(self.named)) < len(self.named):
             raise ValueError("a file is named twice; train, validation and test must not share files")
+        for entry in self.named:
+            if entry.startswith("hf:") and not HUB_ENTRY.fullmatch(entry):
+                raise ValueError(f"found {entry!r}, expected hf://datasets/OWNER/NAME@REVISION/PATH")
         return self
 
 
@@ -111,6 +124,7 @@ class Data(Section):
     source: Literal["embedded", "files"]
     embedded: Embedded | None = None
     files: Files | None = None
+    fallback: Files | None = Field(None, description="read in place of `files` if the hub cannot give those; null: stop instead")
     sequence_length: Positive = Field(description="predicted tokens of one packed training sequence")
     train_tokens: Positive = Field(description="upper bound of the tokens kept for training")
     validation_tokens: Positive = Field(description="upper bound of the tokens of the validation split")
@@ -120,6 +134,8 @@ class Data(Section):
     def _check(self) -> Data:
         if (self.source == "embedded") != (self.embedded is not None) or (self.source == "files") != (self.files is not None):
             raise ValueError(f"source={self.source!r} needs the section data.{self.source} and no other")
+        if self.fallback and not self.files:
+            raise ValueError("fallback stands in for data.files, and there are none")
         for key in ("train_tokens", "validation_tokens"):
             if getattr(self, key) <= self.sequence_length:
                 raise ValueError(f"{key}={getattr(self, key)} gives no sequence; expected more than sequence_length={self.sequence_length}")

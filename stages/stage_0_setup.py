@@ -22,10 +22,12 @@ def run(ctx: Context) -> None:
     link_or_copy(tokens / "tokenizer", ctx.write("tokenizer"))
     for split in ("train", "validation", "test"):
         link_or_copy(tokens / "tokens" / split, ctx.write(f"{split}_tokens"))
+    link_or_copy(tokens / "unigram_counts.npy", ctx.write("unigram_counts"))
     link_or_copy(base / "model", ctx.write("base_model"))
     facts = setup_facts(ctx.config, ctx.seed, ctx.write("base_model"))
-    origin = {"base_model_origin": read_json(base / "origin.json"), "splits": read_json(tokens / "counts.json"), "attack_sets": sets}
-    write_json(ctx.write("setup"), facts | origin)
+    origin = {"base_model_origin": read_json(base / "origin.json"), "source": read_json(tokens / "source.json")}
+    counts = {"splits": read_json(tokens / "counts.json"), "attack_sets": sets}
+    write_json(ctx.write("setup"), facts | origin | counts)
 
 
 STAGE = Stage(
@@ -39,6 +41,7 @@ STAGE = Stage(
         "train_tokens": "tokens/train",
         "validation_tokens": "tokens/validation",
         "test_tokens": "tokens/test",
+        "unigram_counts": "unigram_counts.npy",
         "attack_texts": "attack_texts.json",
         "setup": "setup_complete.json",
     },

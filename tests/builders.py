@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 
+from utils.data.shards import Shards
+from utils.data.tokenise import key_of
 from utils.data.tokens import Tokens
-from utils.run.artifacts import write_json
 
 VOCABULARY = 97
 
@@ -43,18 +44,8 @@ def small_model(seed: int = 0, *, scale: float = 0.3, tied: bool = False) -> Pre
 
 def token_folder(folder: Path, documents: Sequence[Sequence[int]], subsets: Sequence[str] | None = None) -> Tokens:
     """A split on disk whose documents have these ids (end-of-text is 0, a document counts ten bytes a token)."""
-    names = list(subsets or ["prose"] * len(documents))
-    order = sorted(set(names))
-    ids = np.array([token for document in documents for token in (*document, 0)], dtype="<u2")
-    folder.mkdir(parents=True)
-    (folder / "tokens.bin").write_bytes(ids.tobytes())
-    index = {
-        "dtype": "<u2",
-        "end_of_text": 0,
-        "ends": [0, *np.cumsum([len(document) + 1 for document in documents]).tolist()],
-        "bytes": [10 * len(document) for document in documents],
-        "subset": [order.index(name) for name in names],
-        "subsets": order,
-    }
-    write_json(folder / "index.json", index)
+    shards = Shards(folder, VOCABULARY, end_of_text=0)
+    for document, subset in zip(documents, subsets or ["prose"] * len(documents), strict=True):
+        shards.add(np.array(document), 10 * len(document), subset, key_of(str(list(document))))
+    shards.mark(len(documents), duplicates=0, complete=True)
     return Tokens(folder)

@@ -30,6 +30,7 @@ from utils.models.loading import (
 )
 from utils.run.artifacts import published
 from utils.run.errors import InputError
+from utils.run.preemption import Stop
 
 IDS = torch.arange(40).reshape(2, 20)
 WEIGHT = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
@@ -38,6 +39,10 @@ WEIGHT = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
     return model(IDS).logits
+
+
+def as_published(folder: Path) -> tuple[PreTrainedModel, str]:
+    return fetch_pretrained(Model(source="pretrained", name=str(folder)), folder, Stop())
 
 
 @pytest.fixture
@@ -95,7 +100,7 @@ def test_saving_replaces_the_folder_and_leaves_nothing_aside(folder: Path) -> No
 def test_masters_are_fp32_and_ready_to_evaluate_whatever_is_stored(folder: Path) -> None:
     save_model(small_model().to(torch.bfloat16), folder)
     assert load_file(folder / "model.safetensors")[WEIGHT].dtype == torch.bfloat16
-    for model in (load_model(folder), fetch_pretrained(Model(source="pretrained", name=str(folder)))[0]):
+    for model in (load_model(folder), as_published(folder)[0]):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         assert not model.training
 
@@ -117,7 +122,7 @@ def test_a_pickle_is_never_read(folder: Path) -> None:
     with pytest.raises(InputError, match=r"model: expected a model folder with config\.json and safetensors weights: .*model\.safetensors"):
         load_model(folder)
     with pytest.raises(InputError, match="cannot be loaded as a causal LM with safetensors weights"):
-        fetch_pretrained(Model(source="pretrained", name=str(folder)))
+        as_published(folder)
 
 
 def break_truncated(folder: Path) -> None:
@@ -133,19 +138,28 @@ def break_truncated(folder: Path) -> None:
         (lambda folder: rewrite(folder, **{WEIGHT: torch.ones(2, 2)}), "mismatched"),
         (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "zork"}'), "zork"),
-        (shutil.rmtree, "."),
     ],
 )
 def test_a_damaged_folder_is_refused_and_not_filled_with_random_weights(folder: Path, damage: object, words: str) -> None:
     damage(folder)
     with pytest.raises(InputError, match=rf"(?s)model: expected a model folder with config\.json and safetensors weights: .*{words}"):
         load_model(folder)
-    with pytest.raises(InputError, match=r"model\.name='.*model', revision 'main': cannot be loaded .*Check name, network and access"):
-        fetch_pretrained(Model(source="pretrained", name=str(folder)))
+    with pytest.raises(
+        InputError, match=r"model\.name='.*model', revision 'main': cannot be loaded .*Name another model, or give a local folder"
+    ):
+        as_published(folder)
+
+
+def test_a_folder_that_is_not_there_is_named(folder: Path) -> None:
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match=r"model: expected a model folder"):
+        load_model(folder)
+    with pytest.raises(InputError, match=r"model\.name='.*model': found no such folder; expected a folder with a model, or OWNER/NAME"):
+        as_published(folder)
 
 
 def test_a_local_folder_is_a_published_model(folder: Path) -> None:
-    model, commit = fetch_pretrained(Model(source="pretrained", name=str(folder)))
+    model, commit = as_published(folder)
     assert commit == "local"
     assert torch.equal(logits(model), logits(small_model()))
 

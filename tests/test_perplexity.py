@@ -130,7 +130,7 @@ def test_unigram_loss_equals_counting(split: Tokens, tmp_path: Path) -> None:
     for token in (5, 5, 5, 9, 0, 9, 1, 0, 0):
         counts[token] += 1
     losses = [-math.log(counts[token] / (VOCABULARY + 9)) for document in DOCUMENTS for token in document]
-    found = unigram_nll(token_folder(tmp_path / "train", train), split, VOCABULARY)
+    found = unigram_nll(token_folder(tmp_path / "train", train).counts(VOCABULARY - 5), split, VOCABULARY)
     assert found == pytest.approx(sum(losses) / len(losses), rel=1e-12)
 
 
@@ -180,11 +180,12 @@ def test_stored_models_are_evaluated_on_identical_tokens(split: Tokens, tiny: Ex
     for name, model in models.items():
         save_model(model, tmp_path / name)
     train = token_folder(tmp_path / "train", [[5, 6, 7]])
+    np.save(tmp_path / "counts.npy", train.counts(VOCABULARY))
     results = evaluate_stored(
         tiny,
         7,
         models={name: tmp_path / name for name in models},
-        train_tokens=train.folder,
+        unigram_counts=tmp_path / "counts.npy",
         test_tokens=split.folder,
         state=tmp_path / "state",
         records=tmp_path / "records.jsonl",
@@ -201,6 +202,6 @@ def test_stored_models_are_evaluated_on_identical_tokens(split: Tokens, tiny: Ex
         assert entry["perplexity"] == pytest.approx(math.exp(entry["loss"]))
         code = [loss for document, subset in zip(losses, SUBSETS, strict=True) if subset == "code" for loss in document]
         assert entry["by_subset"]["code"]["loss"] == pytest.approx(sum(code) / len(code), rel=1e-5)
-    assert results["metadata"]["unigram_loss"] == unigram_nll(train, split, VOCABULARY)
+    assert results["metadata"]["unigram_loss"] == unigram_nll(train.counts(VOCABULARY), split, VOCABULARY)
     assert results["metadata"]["seed"] == 7
     json.dumps(results, allow_nan=False)

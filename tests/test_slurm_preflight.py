@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 
 from configs.cluster import Cluster, Resources
@@ -20,8 +20,10 @@ from utils.slurm.client import NoAnswer
 
 STAGES = stages()
 STUDY = ("model={source: pretrained, name: EleutherAI/pythia-1.4b}",)
-PILE = "data={source: files, files: {repository: some/pile, train: [a.zst], validation: [b.zst], test: [c.zst]}, " + (
-    "sequence_length: 8, train_tokens: 100, validation_tokens: 100, test_tokens: 100}"
+PILE = (
+    "data={source: files, sequence_length: 8, train_tokens: 100, validation_tokens: 100, test_tokens: 100, files: "
+    + json.dumps({split: [f"hf://datasets/some/pile/{name}.zst"] for split, name in (("train", "a"), ("validation", "b"), ("test", "c"))})
+    + "}"
 )
 
 
@@ -209,16 +211,15 @@ def test_local_file_system_is_warned_of(chain: Chain, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
-def hub_cache(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(own_folders / "hub"))
-    return own_folders / "hub"
+def hub_cache(own_folders: Path) -> Path:
+    return own_folders / "scratch/foundation_llm_cache/hub"
 
 
 def cached(hub: Path, kind: str, repository: str, *files: str) -> None:
     folder = hub / f"{kind}s--{repository.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True)
+    for place in ("refs", "snapshots/0123abcd"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
     (folder / "refs/main").write_text("0123abcd")
-    (folder / "snapshots/0123abcd").mkdir(parents=True)
     for name in files:
         (folder / "snapshots/0123abcd" / name).write_text("{}")
 
@@ -228,14 +229,13 @@ def test_setup_without_network_needs_a_filled_cache(root: Path, hub_cache: Path)
     cached(hub_cache, "dataset", "some/pile", "a.zst", "b.zst")
     check = preflight.offline(chain, STAGES)
     assert check.verdict == "no"
-    assert "the cache lacks the model EleutherAI/pythia-1.4b, some/pile/c.zst; fetch and tokenise here first" in check.words
-    (hub_cache / "datasets--some--pile/snapshots/0123abcd/c.zst").write_text("")
-    cached(hub_cache, "model", "EleutherAI/pythia-1.4b", "config.json")
+    lacking = "the cache lacks files of model EleutherAI/pythia-1.4b@main, dataset some/pile@main; fetch and tokenise here first"
+    assert lacking in check.words
+    cached(hub_cache, "dataset", "some/pile", "c.zst")
+    cached(hub_cache, "model", "EleutherAI/pythia-1.4b", "config.json", "model.safetensors", "tokenizer.json")
     assert preflight.offline(chain, STAGES) == Check("network", "ok", "what stage 0 needs is in the local cache")
-    assert (
-        preflight.offline(make_chain(root, "model.scratch=null", *STUDY, "model.revision=step1", cluster=chain.cluster), STAGES).verdict
-        == "no"
-    )
+    other = make_chain(root, "model.scratch=null", *STUDY, "model.revision=step1", cluster=chain.cluster)
+    assert preflight.offline(other, STAGES).verdict == "no"
 
 
 def test_network_matters_to_setup_alone(root: Path, hub_cache: Path) -> None:

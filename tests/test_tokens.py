@@ -3,80 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.builders import token_folder
-from utils.data import tokens as tokens_module
-from utils.data.sources import Row
-from utils.data.tokenizer import train_tokenizer
-from utils.data.tokens import PackedBatches, Tokens, write_split
+from utils.data.tokens import PackedBatches, Tokens
 from utils.run.errors import InputError
 
-TEXTS = [f"document {number} says häuser and 漢字 {number * 7919}" for number in range(20)]
-ROWS = [Row(text, "even" if number % 2 == 0 else "odd", "train") for number, text in enumerate(TEXTS)]
 
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(iter(TEXTS), 300)
-
-
-def test_documents_come_back_as_they_were(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    counts = write_split(tmp_path / "s", ROWS, tokenizer, 0, limit=100_000)
-    split = Tokens(tmp_path / "s")
-    assert [tokenizer.decode(ids.tolist()) for ids in split.documents()] == TEXTS
-    assert split.subset_names() == ["even", "odd"] * 10
-    assert split.index["bytes"] == [len(text.encode()) for text in TEXTS]
-    assert split.ids.dtype == np.dtype("<u2")
-    assert (split.ids == 0).sum() == len(TEXTS)  # one end-of-text a document
-    assert split.ids[-1] == split.end_of_text == 0
-    assert counts == {"documents": 20, "tokens": len(split.ids), "bytes": sum(len(text.encode()) for text in TEXTS)}
-
-
-def test_rows_are_encoded_in_batches_without_a_trace(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_split(tmp_path / "large", ROWS, tokenizer, 0, limit=200)
-    monkeypatch.setattr(tokens_module, "ENCODE_ROWS", 3)
-    write_split(tmp_path / "small", ROWS, tokenizer, 0, limit=200)
-    for name in ("tokens.bin", "index.json"):
-        assert (tmp_path / "large" / name).read_bytes() == (tmp_path / "small" / name).read_bytes()
-
-
-def test_the_limit_is_never_exceeded(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    for limit in (*range(2, 40), 200):
-        counts = write_split(tmp_path / str(limit), ROWS, tokenizer, 0, limit=limit)
-        split = Tokens(tmp_path / str(limit))
-        assert limit - 1 <= counts["tokens"] == len(split.ids) <= limit
-        assert split.ids[-1] == 0
-        assert all(len(ids) for ids in split.documents())
-
-
-def test_of_a_document_its_beginning_is_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    write_split(tmp_path / "s", ROWS, tokenizer, 0, limit=100_000, longest=5)
-    split = Tokens(tmp_path / "s")
-    for text, ids, size in zip(TEXTS, split.documents(), split.index["bytes"], strict=True):
-        kept = tokenizer.decode(ids.tolist())
-        assert len(ids) == 5
-        assert text.startswith(kept)
-        assert size == len(kept.encode())
-
-
-def test_an_empty_text_is_an_empty_document(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    counts = write_split(tmp_path / "s", [Row("", "x", "test"), Row("a", "x", "test")], tokenizer, 0, limit=10)
-    assert [len(ids) for ids in Tokens(tmp_path / "s").documents()] == [0, 1]
-    assert counts == {"documents": 2, "tokens": 3, "bytes": 1}
-
-
-def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
-    words = {f"w{number}": number for number in range(70_000)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=min(words)))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    write_split(tmp_path / "s", [Row("w69999 w5", "x", "train")], tokenizer, 0, limit=10)
-    assert Tokens(tmp_path / "s").ids.tolist() == [69_999, 5, 0]
+def test_documents_and_their_columns(tmp_path: Path) -> None:
+    split = token_folder(tmp_path / "s", [[5, 6, 7], [], [8]], ["prose", "code", "prose"])
+    assert [ids.tolist() for ids in split.documents()] == [[5, 6, 7], [], [8]]
+    assert split.ids.tolist() == [5, 6, 7, 0, 0, 8, 0]
+    assert split.subset_names() == ["prose", "code", "prose"]
+    assert split.column("ends").tolist() == [4, 5, 7]
+    assert split.column("bytes").tolist() == [30, 0, 10]
+    assert split.end_of_text == 0
+    assert split.counts(10).tolist() == [3, 0, 0, 0, 0, 1, 1, 1, 1, 0]
 
 
 @pytest.fixture
@@ -125,18 +70,3 @@ def test_too_few_tokens_are_refused(counting: Tokens) -> None:
     assert PackedBatches(counting, 120, seed=1).count == 1
     with pytest.raises(InputError, match=r"counting: found 121 tokens, expected at least 122 \(sequence_length \+ 1\)"):
         PackedBatches(counting, 121, seed=1)
-
-
-def test_a_limit_that_leaves_room_for_one_token_reads_no_further(tmp_path: Path) -> None:
-    taken = 0
-
-    def endless() -> Iterator[Row]:
-        nonlocal taken
-        while taken < 100_000:
-            taken += 1
-            yield Row("a b c d", "prose", "train")
-
-    tokenizer = Tokenizer(models.WordLevel({"<e>": 0, "a": 1, "b": 2, "c": 3, "d": 4}, unk_token="a"))  # noqa: S106 - no password
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    counts = write_split(tmp_path / "train", endless(), tokenizer, 0, 11)
-    assert counts["tokens"] == 10 and taken < 1000

@@ -1,19 +1,22 @@
-"""Rows of text with their subset and split, from installed packages or from files in the Pile's own form."""
+"""Rows of text with their subset and split, from installed packages or from files, here or on the hub."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import zstandard
+import numpy as np
+from numpy.typing import NDArray
 
 from configs.schema import Data, Files
 from utils.data import embedded
+from utils.data.formats import SUFFIXES, items, readable
+from utils.run import hub
 from utils.run.errors import InputError
+from utils.run.preemption import Stop
 
 Split = Literal["train", "validation", "attack", "test"]
 SPLITS: tuple[Split, ...] = ("test", "attack", "validation", "train")  # held-out text first: it wins over a duplicate in train
@@ -21,32 +24,105 @@ SPLITS: tuple[Split, ...] = ("test", "attack", "validation", "train")  # held-ou
 
 @dataclass(frozen=True)
 class Row:
+    """A document: its text, or, from a source that was tokenised before, its ids."""
+
     text: str
     subset: str
     split: Split
+    ids: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text of an experiment as it lies on this machine: installed packages, or the files of every entry."""
+
+    data: Data
+    paths: dict[str, list[Path]]
+    origins: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, data: Data, cache: Path, stop: Stop) -> Source:
+        """Fetch what is on the hub, complete and checked. Raises hub.Unavailable or InputError before anything is read."""
+        if data.files is None:
+            return cls(data, {}, {})
+        repositories = {
+            repository: hub.fetch(repository, patterns, hub.root(cache), stop) for repository, patterns in hub.of_files(data.files)
+        }
+        paths: dict[str, list[Path]] = {}
+        origins: dict[str, dict[str, Any]] = {}
+        for entry in data.files.named:
+            if entry.startswith("hf:"):
+                repository, pattern = hub.of_entry(entry)
+                there = hub.listing(repository, hub.root(cache), ask=False)
+                names = there.matching([pattern])
+                paths[entry] = [repositories[repository].paths[name] for name in names]
+                origins[entry] = {"commit": there.commit} | {
+                    name: {"bytes": there.files[name].size, "sha256": there.files[name].sha256} for name in names
+                }
+            else:
+                paths[entry] = local_files(entry)
+                origins[entry] = {str(path): {"bytes": path.stat().st_size} for path in paths[entry]}
+        _refuse_shared(data.files, paths)
+        return cls(data, paths, origins)
+
+    def rows(self, split: Split) -> Iterator[Row]:
+        """All rows of one split, in a fixed order."""
+        files = self.data.files
+        if files is None:
+            assert self.data.embedded is not None
+            for document in embedded.documents(self.data.embedded):
+                if (found := _embedded_split(document.module)) == split:
+                    yield Row(document.text, document.subset, found)
+            return
+        for entry in {"train": files.train, "test": files.test}.get(split, files.validation):
+            for path in self.paths[entry]:
+                yield from _of_file(path, split)
+
+
+def _of_file(path: Path, split: Split) -> Iterator[Row]:
+    for text, subset, ids in items(path):
+        key = text if ids is None else ids.tobytes().hex()
+        if split in ("validation", "attack") and (unit(key) < 0.5) != (split == "attack"):
+            continue
+        yield Row(text, subset, split, ids)
 
 
 def describe(data: Data) -> dict[str, Any]:
-    """What identifies the text of a source, for the cache: package versions, or names, sizes and times of files."""
+    """What identifies the text of a source, for the cache: package versions, names on the hub, names, sizes and times of local files."""
     if data.embedded:
         return {"embedded": data.embedded.model_dump(mode="json"), "packages": embedded.package_versions(data.embedded.packages)}
     assert data.files is not None
-    described: dict[str, Any] = {"files": data.files.model_dump(mode="json")}
-    if data.files.repository is None:
-        stats = {name: existing(Path(name)).stat() for name in (*data.files.train, *data.files.validation, *data.files.test)}
-        described["local"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return described
+    stats = {str(path): path.stat() for entry in data.files.named if not entry.startswith("hf:") for path in local_files(entry)}
+    return {
+        "files": data.files.model_dump(mode="json"),
+        "local": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
 
 
-def rows(data: Data, split: Split) -> Iterator[Row]:
-    """All rows of one split, in a fixed order."""
-    if data.embedded:
-        for document in embedded.documents(data.embedded):
-            if (found := _embedded_split(document.module)) == split:
-                yield Row(document.text, document.subset, found)
+def local_files(entry: str) -> list[Path]:
+    """The files of a local entry, in order: itself, those below a folder, or those that fit a pattern. Raises InputError."""
+    path = Path(entry).expanduser()
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and readable(file))
     else:
-        assert data.files is not None
-        yield from _file_rows(data.files, split)
+        base = Path(path.anchor)
+        found = sorted(file for file in base.glob(str(path.relative_to(base))) if file.is_file())
+    if not found:
+        raise InputError(f"data.files: found no file {path}; expected a file, a folder or a pattern of files, correct the path")
+    if unreadable := [file for file in found if not readable(file)]:
+        raise InputError(f"data.files: {unreadable[0]} is of no known kind; expected {', '.join(SUFFIXES)}")
+    return found
+
+
+def _refuse_shared(files: Files, paths: dict[str, list[Path]]) -> None:
+    """No file may serve two splits, whatever the entries are called."""
+    seen: dict[Path, str] = {}
+    for split, entries in (("train", files.train), ("validation", files.validation), ("test", files.test)):
+        for path in (path for entry in entries for path in paths[entry]):
+            if (other := seen.setdefault(path.resolve(), split)) != split:
+                raise InputError(f"data.files: {path} is in {other} and in {split}; splits must not share files, correct the patterns")
 
 
 def unit(key: str) -> float:
@@ -57,77 +133,3 @@ def unit(key: str) -> float:
 def _embedded_split(module: str) -> Split:
     place = unit(module)
     return "test" if place < 0.08 else "attack" if place < 0.18 else "validation" if place < 0.22 else "train"
-
-
-def _file_rows(files: Files, split: Split) -> Iterator[Row]:
-    named = {"train": files.train, "test": files.test}.get(split, files.validation)
-    for name in named:
-        for text, subset in pile_rows(_fetch(files, name)):
-            if split in ("validation", "attack") and (unit(text) < 0.5) != (split == "attack"):
-                continue
-            yield Row(text, subset, split)
-
-
-def _fetch(files: Files, name: str) -> Path:
-    if files.repository is None:
-        return existing(Path(name))
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(hf_hub_download(files.repository, name, repo_type="dataset", revision=files.revision))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise InputError(
-            f"data.files: {name!r} of the hub dataset {files.repository!r}, revision {files.revision!r}, cannot be had: "
-            f"{str(error).splitlines()[0]}. Check name, network and access, or give local files"
-        ) from None
-
-
-def existing(path: Path) -> Path:
-    if not path.is_file():
-        raise InputError(f"data.files: found no file {path}; expected .jsonl or .jsonl.zst rows, correct the path")
-    return path
-
-
-def pile_rows(path: Path) -> Iterator[tuple[str, str]]:
-    """(text, pile_set_name) of each row of a .jsonl or .jsonl.zst file, read as a stream."""
-    try:
-        for number, line in enumerate(_lines(path), 1):
-            yield _row(line.decode(), f"{path}, line {number}")
-    except (zstandard.ZstdError, UnicodeDecodeError, EOFError) as error:
-        raise InputError(f"{path}: expected UTF-8 rows ({error}); the file is damaged or truncated, fetch it again") from None
-
-
-def _row(line: str, place: str) -> tuple[str, str]:
-    try:
-        row = json.loads(line)
-        text, subset = row["text"], (row.get("meta") or {}).get("pile_set_name", "unknown")
-        if isinstance(text, str) and isinstance(subset, str):
-            return _utf8(text), _utf8(subset)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise InputError(f'{place}: found {line[:60]!r}, expected {{"text": ..., "meta": {{"pile_set_name": ...}}}}; repair or remove the line')
-
-
-def _utf8(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which no encoding can hold; it becomes a question mark."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines of a file, which may be zstandard frames. zstandard's own reader takes a truncated file for a complete one."""
-    with path.open("rb") as raw:
-        if path.suffix != ".zst":
-            yield from raw
-            return
-        frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
-        while block := raw.read(1 << 18):
-            while block:
-                frame = zstandard.ZstdDecompressor().decompressobj() if frame.eof else frame
-                *whole, rest = (rest + frame.decompress(block)).split(b"\n")
-                yield from whole
-                block = frame.unused_data
-        if not frame.eof:
-            raise EOFError("the last frame is not complete")
-        if rest:
-            yield rest

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.schema import Model
 from utils.run.errors import InputError
+from utils.run.hub import model_folder
+from utils.run.preemption import Stop
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -33,16 +35,21 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     wrapped.save_pretrained(folder)
 
 
-def fetch_tokenizer(name: str, revision: str, folder: Path) -> int:
+def fetch_tokenizer(model: Model, cache: Path, stop: Stop, folder: Path) -> int:
     """Save the tokenizer of a published model to `folder`; returns the id of its end-of-text token."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(model, cache, stop)[0], local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.name={name!r}, revision {revision!r}: no tokenizer found ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({str(error).splitlines()[0]}); "
+            "name a model that has one"
+        ) from None
     if tokenizer.eos_token_id is None:
-        raise InputError(f"model.name={name!r}: its tokenizer has no end-of-text token, expected one between documents; name another model")
+        raise InputError(
+            f"model.name={model.name!r}: its tokenizer has no end-of-text token, expected one between documents; name another model"
+        )
     tokenizer.save_pretrained(folder)
     return tokenizer.eos_token_id
 

@@ -2,67 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from utils.data.sources import Row
-from utils.run.artifacts import read_json, write_json
+from utils.run.artifacts import read_json
 from utils.run.errors import InputError
-from utils.run.progress import Progress
 
-ENCODE_ROWS = 256
-
-
-def write_split(
-    folder: Path, rows: Iterable[Row], tokenizer: Tokenizer, end_of_text: int, limit: int, longest: int | None = None
-) -> dict[str, int]:
-    """Tokenise rows to `folder`: tokens.bin (each document ends in end-of-text) and index.json.
-
-    Stops at `limit` tokens; keeps at most `longest` tokens of a document. Memory is bounded by one batch of rows.
-    Returns {documents, tokens, bytes}.
-    """
-    folder.mkdir(parents=True)
-    dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4")
-    ends, sizes, subsets, total = [0], [], [], 0
-    names: dict[str, int] = {}
-    progress = Progress(f"tokenise {folder.name}", limit)
-    stream = iter(rows)
-    with (folder / "tokens.bin").open("wb") as handle:
-        while limit - total >= 2 and (batch := list(islice(stream, ENCODE_ROWS))):
-            for row, encoding in zip(batch, tokenizer.encode_batch([row.text for row in batch], add_special_tokens=False), strict=True):
-                room = limit - total
-                if room < 2:
-                    break
-                kept = encoding.ids[: min(room - 1, longest or room)]
-                ids = np.array([*kept, end_of_text], dtype=dtype)
-                handle.write(ids.tobytes())
-                total += len(ids)
-                ends.append(total)
-                text = row.text if len(kept) == len(encoding.ids) else row.text[: encoding.offsets[len(kept) - 1][1]]
-                sizes.append(len(text.encode(errors="replace")))
-                subsets.append(names.setdefault(row.subset, len(names)))
-            progress.advance(total - progress.done)
-    progress.close()
-    index = {"dtype": dtype.str, "end_of_text": end_of_text, "ends": ends, "bytes": sizes, "subset": subsets, "subsets": list(names)}
-    write_json(folder / "index.json", index)
-    return {"documents": len(sizes), "tokens": total, "bytes": sum(sizes)}
+# the columns of a split beside its tokens, one entry a document: where it ends in tokens.bin, its size in bytes of UTF-8, the number of its
+# subset, and the key of its whole text
+COLUMNS = {"ends": "<i8", "bytes": "<i8", "subset": "<u2", "keys": "V16"}
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised split on disk."""
+    """A tokenised split on disk: tokens.bin (each document ends in end-of-text), a file for each column, index.json."""
 
     folder: Path
 
     @cached_property
-    def index(self) -> dict:
+    def index(self) -> dict[str, Any]:
         return read_json(self.folder / "index.json")
 
     @cached_property
@@ -70,18 +33,29 @@ class Tokens:
         """(N,) all tokens, memory-mapped."""
         return np.memmap(self.folder / "tokens.bin", dtype=self.index["dtype"], mode="r")
 
+    def column(self, name: str) -> NDArray[Any]:
+        """(documents,) one of COLUMNS, memory-mapped."""
+        return np.memmap(self.folder / f"{name}.bin", dtype=COLUMNS[name], mode="r")
+
     @property
     def end_of_text(self) -> int:
         return self.index["end_of_text"]
 
     def documents(self) -> list[NDArray[np.int64]]:
         """Ids of each document, without its end-of-text."""
-        ends = self.index["ends"]
-        return [self.ids[start : end - 1].astype(np.int64) for start, end in pairwise(ends)]
+        ends = self.column("ends").tolist()
+        return [self.ids[start : end - 1].astype(np.int64) for start, end in zip([0, *ends], ends, strict=False)]
 
     def subset_names(self) -> list[str]:
         """Subset of each document."""
-        return [self.index["subsets"][number] for number in self.index["subset"]]
+        return [self.index["subsets"][number] for number in self.column("subset").tolist()]
+
+    def counts(self, vocabulary: int) -> NDArray[np.int64]:
+        """(vocabulary,) how often each id occurs."""
+        counts = np.zeros(vocabulary, dtype=np.int64)
+        for start in range(0, len(self.ids), 1 << 24):
+            counts += np.bincount(self.ids[start : start + (1 << 24)], minlength=vocabulary)
+        return counts
 
 
 class PackedBatches:

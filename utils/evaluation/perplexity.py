@@ -78,7 +78,7 @@ def by_document(tokens: Tokens, rows: Sequence[Row]) -> list[Row]:
         total = sums.setdefault(row["document"], [0.0, 0])
         total[0] += row["nll"]
         total[1] += row["tokens"]
-    names, sizes = tokens.subset_names(), tokens.index["bytes"]
+    names, sizes = tokens.subset_names(), tokens.column("bytes").tolist()
     return [
         {"document": number, "subset": names[number], "bytes": sizes[number], "nll": sums[number][0], "tokens": sums[number][1]}
         for number in sorted(sums)
@@ -99,11 +99,12 @@ def _summary(rows: Sequence[Row]) -> dict[str, Any]:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "total_tokens": tokens, "documents": len(rows)}
 
 
-def unigram_nll(train: Tokens, test: Tokens, vocabulary: int) -> float:
-    """Nats per token of the test documents under training frequencies with one added to every count: what no context gives."""
-    counts = np.ones(vocabulary)
-    for start in range(0, len(train.ids), 1 << 24):
-        counts += np.bincount(train.ids[start : start + (1 << 24)], minlength=vocabulary)
+def unigram_nll(counts: NDArray[np.int64], test: Tokens, vocabulary: int) -> float:
+    """Nats per token of the test documents under training frequencies with one added to every count: what no context gives.
+
+    `counts` (at most vocabulary,): how often each id occurs in the training text.
+    """
+    counts = np.pad(counts, (0, vocabulary - len(counts))) + 1
     seen = np.concatenate(test.documents())
     return float(-np.log(counts[seen] / counts.sum()).mean())
 
@@ -131,7 +132,7 @@ def evaluate_stored(
     seed: int,
     *,
     models: dict[str, Path],
-    train_tokens: Path,
+    unigram_counts: Path,
     test_tokens: Path,
     state: Path,
     records: Path,
@@ -150,7 +151,7 @@ def evaluate_stored(
         summary = summarise(documents)
         results[f"{name}_pythia"] = {**summary.pop("all"), "by_subset": summary}
     write_rows(records, rows)
-    unigram = unigram_nll(Tokens(train_tokens), test, model.config.vocab_size)
+    unigram = unigram_nll(np.load(unigram_counts), test, model.config.vocab_size)
     return {
         "pile_test": results,
         "metadata": {

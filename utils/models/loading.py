@@ -18,6 +18,8 @@ from configs.schema import Compute, Model, Scratch
 from utils.models import activations  # noqa: F401 - makes our activations loadable by name
 from utils.run.artifacts import published
 from utils.run.errors import InputError
+from utils.run.hub import model_folder
+from utils.run.preemption import Stop
 
 transformers_logging.disable_progress_bar()
 UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)  # what from_pretrained raises for a folder it cannot load
@@ -101,13 +103,13 @@ def scratch_model(shape: Scratch, end_of_text: int) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def fetch_pretrained(model: Model) -> tuple[PreTrainedModel, str]:
+def fetch_pretrained(model: Model, cache: Path, stop: Stop) -> tuple[PreTrainedModel, str]:
     """A published checkpoint (hub name or local folder) in fp32, and the commit it resolved to ('local' for a folder)."""
+    folder, commit = model_folder(model, cache, stop)
     try:
-        loaded = _read(model.name, revision=model.revision)
+        return _read(folder, local_files_only=True).eval(), commit
     except UNREADABLE as error:
         raise InputError(
             f"model.name={model.name!r}, revision {model.revision!r}: cannot be loaded as a causal LM with safetensors weights: "
-            f"{str(error).splitlines()[0]}. Check name, network and access, or give a local folder"
+            f"{str(error).splitlines()[0]}. Name another model, or give a local folder"
         ) from None
-    return loaded.eval(), getattr(loaded.config, "_commit_hash", None) or "local"

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from configs.schema import Experiment
 from utils.report.statistics import Estimate, mcnemar, mean, perplexity, student_mean, weighted_mean
 from utils.run.artifacts import read_json
+from utils.run.errors import InputError
 from utils.run.records import read_rows
 
 MODELS = ("base", "converted", "baseline", "monotonic")
@@ -35,6 +36,13 @@ class Study:
     @classmethod
     def load(cls, config: Experiment, inputs: Mapping[int, Mapping[str, Path]]) -> Study:
         json = {seed: {name: read_json(path) for name, path in paths.items() if path.suffix == ".json"} for seed, paths in inputs.items()}
+        sources = {seed: stored["setup"]["source"] for seed, stored in json.items()}
+        first = next(iter(sources))
+        if others := [seed for seed, source in sources.items() if source != sources[first]]:
+            raise InputError(
+                f"seeds {first} and {others[0]} were made from different text (setup_complete.json, source); run stage 0 of one of them "
+                "again with --discard, and what follows from it"
+            )
         rows = {
             name: pd.concat([pd.DataFrame(read_rows(paths[name])).assign(seed=seed) for seed, paths in inputs.items()], ignore_index=True)
             for name in ("evaluation_records", "hotflip_records", "uat_records", "baseline_metrics", "monotonic_metrics")

@@ -23,6 +23,7 @@ def final_results(study: Study) -> dict[str, Any]:
             "run_name": study.config.run_name,
             "timestamp": now(),
             "code_revision": code_revision(),
+            "text": first["setup"]["source"],
             "loss_unit": "nats per token",
             "confidence": study.config.report.confidence,
         },
@@ -113,6 +114,8 @@ def summary_text(study: Study) -> str:
     ]
     if len(study.seeds) == 1:
         head.append("One seed: the intervals do not contain the spread between trainings.")
+    if reason := study.json[study.seeds[0]]["setup"]["source"]["fallback_because"]:
+        head.append(f"FALLBACK TEXT was used (data.fallback), as the configured text could not be had: {reason}")
     body = [line for title, lines in sections.items() for line in ("", title, "-" * len(title), *lines)]
     return "\n".join([*head, *body]) + "\n"
 

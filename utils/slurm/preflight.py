@@ -8,9 +8,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from configs.schema import Experiment
+from utils.run import hub
 from utils.run.checks import Check
 from utils.run.places import LOCAL_FILE_SYSTEMS, file_system, free_space, unwritable
 from utils.run.stage import Stage
@@ -121,36 +120,17 @@ def places(chain: Chain) -> list[Check]:
 def offline(chain: Chain, stages: Sequence[Stage]) -> Check:
     """What stage 0 will fetch is in the local cache already, where its node has no network."""
     first = [stage for stage in stages if stage.number == 0]
-    wanted = fetched(chain.config)
-    if not first or not wanted or chain.cluster.network != "none":
-        return Check(
-            "network", "ok", "nothing is fetched by these jobs" if not (first and wanted) else "stage 0 runs where the network is reached"
-        )
-    absent = [name for kind, repository, revision, file, name in wanted if not _cached(kind, repository, revision, file)]
+    if not first or not hub.wanted(chain.config):
+        return Check("network", "ok", "nothing is fetched by these jobs")
+    if chain.cluster.network != "none":
+        return Check("network", "ok", "stage 0 runs where the network is reached")
+    cache = chain.folders.cache
+    absent = [str(repository) for repository, patterns in hub.wanted(chain.config) if not hub.is_here(repository, patterns, cache)]
     if absent:
         return Check(
             "network",
             "no",
-            f"compute nodes have no network (cluster.network), and the cache lacks {', '.join(absent)}; fetch and tokenise here "
-            f"first: bash run_all.sh --local --to 0 with the same --config",
+            f"compute nodes have no network (cluster.network), and the cache lacks files of {', '.join(absent)}; fetch and tokenise here "
+            "first: bash run_all.sh --local --to 0 with the same --config",
         )
     return Check("network", "ok", "what stage 0 needs is in the local cache")
-
-
-def fetched(config: Experiment) -> list[tuple[str, str, str, str, str]]:
-    """(kind of repository, repository, revision, file, how to call it) of what setup takes from the hub."""
-    wanted = []
-    if config.model.source == "pretrained" and not Path(config.model.name).is_dir():
-        wanted.append(("model", config.model.name, config.model.revision, "config.json", f"the model {config.model.name}"))
-    if config.data.files and config.data.files.repository:
-        files, repository = config.data.files, config.data.files.repository
-        wanted += [
-            ("dataset", repository, files.revision, name, f"{repository}/{name}") for name in (*files.train, *files.validation, *files.test)
-        ]
-    return wanted
-
-
-def _cached(kind: str, repository: str, revision: str, file: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(repository, file, revision=revision, repo_type=kind), str)

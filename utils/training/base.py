@@ -33,7 +33,7 @@ def base_cache(config: Experiment, root: Path, tokens: Path, stop: Stop) -> Path
         if shape:
             pretrain(config, shape, tokens, target, state, stop)
         else:
-            model, commit = fetch_pretrained(config.model)
+            model, commit = fetch_pretrained(config.model, root, stop)
             save_model(model, target / "model")
             write_json(target / "origin.json", {"name": config.model.name, "commit": commit})
 

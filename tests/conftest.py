@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ from configs.schema import Experiment
 from stages.pipeline import run_each, stages
 from tests.fake_slurm import FakeSlurm
 from tests.fake_stages import ROOT, TINY
+from tests.hub_server import Hub
 from utils.run import artifacts
 from utils.slurm import client, snapshot
 
@@ -99,3 +100,12 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=gigabytes * 1e9))
 
     return pretend
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A model hub on loopback, to which the hub client of this process is connected with an empty cache in `hub_cache`."""
+    hub = Hub()
+    hub.connect(monkeypatch, tmp_path / "hub_cache")
+    yield hub
+    hub.close()

@@ -18,13 +18,17 @@ from urllib.parse import unquote
 from configs.schema import HUB_ENTRY, Experiment, Files, Model
 from utils.run.artifacts import file_digest, read_json, write_json
 from utils.run.errors import InputError
+from utils.run.lock import locked
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
 
 T = TypeVar("T")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 WAITS = (2.0, 5.0, 15.0, 40.0)  # seconds between the attempts at what may pass; the client itself waits and retries within each
 LONGEST_WAIT = 300.0  # seconds that a hub that is asked too often may ask us to wait
 POLL_SECONDS = 0.5
+TIMEOUT = 60.0  # seconds for the answer to a question; the client has none of its own
+OWN = "hub"  # folder of the hub's files in the run's cache
 LARGE = 64 << 20  # bytes from which a fetch shows how far it is
 MODEL_FILES = (
     "config.json",
@@ -97,7 +101,7 @@ def root(cache: Path) -> Path:
         from huggingface_hub import constants
 
         return Path(constants.HF_HUB_CACHE)
-    return cache / "hub"
+    return cache / OWN
 
 
 def of_entry(entry: str) -> tuple[Repository, str]:
@@ -188,7 +192,7 @@ def _stored(place: Path) -> Listing | None:
 def _ask(repository: Repository) -> Listing:
     from huggingface_hub import HfApi
 
-    info = HfApi().repo_info(repository.name, repo_type=repository.kind, revision=repository.revision, files_metadata=True)
+    info = HfApi().repo_info(repository.name, repo_type=repository.kind, revision=repository.revision, files_metadata=True, timeout=TIMEOUT)
     files = {
         file.rfilename: Facts(file.size or 0, file.lfs.sha256 if file.lfs else None, None if file.lfs else file.blob_id)
         for file in info.siblings or ()
@@ -197,16 +201,24 @@ def _ask(repository: Repository) -> Listing:
 
 
 def fetch(repository: Repository, patterns: Sequence[str], folder: Path, stop: Stop) -> Fetched:
-    """All files that fit a pattern, fetched where they are not there or damaged; an interrupted fetch goes on where it was.
+    """All files that fit a pattern, fetched where they are not there or damaged; an interrupted fetch goes on with the file it was at.
 
     Raises Unavailable, InputError if the disk has no room for them, StoppedInTime.
     """
+    with locked(_cache_folder(repository, folder), queue=stop):
+        return _fetch(repository, patterns, folder, stop)
+
+
+def _fetch(repository: Repository, patterns: Sequence[str], folder: Path, stop: Stop) -> Fetched:
     there = listing(repository, folder)
     names = there.matching(patterns)
     if not names:
         raise Unavailable(f"{repository} holds no file like {', '.join(patterns)}; correct the name")
     held = {name: local(repository, there.commit, name, folder) for name in names}
     missing = [name for name in names if held[name] is None or damage(held[name], there.files[name])]
+    if folder.name == OWN:  # what a killed fetch left is of no use to the client, and nobody else's here
+        for leftover in _cache_folder(repository, folder).glob("blobs/*.incomplete"):
+            leftover.unlink()
     _room_for(sum(there.files[name].size for name in missing), folder)
     paths = {name: held[name] if name not in missing else _fetch_one(repository, there, name, folder, stop) for name in names}
     return Fetched(there.commit, {name: path for name, path in paths.items() if path})
@@ -268,15 +280,21 @@ def _fetch_one(repository: Repository, there: Listing, name: str, folder: Path, 
     blobs = _cache_folder(repository, folder) / "blobs"
 
     def attempt() -> Path:
-        if held := local(repository, there.commit, name, folder):
-            held.resolve().unlink(missing_ok=True)  # a damaged one: the client would take it for good
-            held.unlink(missing_ok=True)
+        _forget(local(repository, there.commit, name, folder))  # a damaged one: the client would take it for good
         path = _while_listening(lambda: _download(repository, there.commit, name, folder), name, facts.size, blobs, stop)
         if fault := damage(path, facts):
-            raise ArrivedDamagedError(f"{path} {fault}")
+            _forget(path)
+            raise ArrivedDamagedError(f"{name} {fault}")
         return path
 
     return patiently(attempt, f"{name} of {repository}")
+
+
+def _forget(path: Path | None) -> None:
+    """Remove a fetched file and what its name points to."""
+    if path is not None:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 class ArrivedDamagedError(OSError):
@@ -292,7 +310,7 @@ def _download(repository: Repository, commit: str, name: str, folder: Path) -> P
 
 
 def _while_listening(work: Callable[[], T], name: str, size: int, blobs: Path, stop: Stop) -> T:
-    """Do the work in a thread, show how much has arrived, and leave it when asked to stop: what arrived stays, for the next start."""
+    """Do the work in a thread, show how much has arrived, and leave it when asked to stop."""
     outcome: list[T] = []
     errors: list[BaseException] = []
 
@@ -355,7 +373,6 @@ def _cause(error: Exception) -> Cause | None:
     """What an exception of the hub's client means; None if it is none of the hub's (a full disk, a fault of ours)."""
     from huggingface_hub import errors
 
-    transport = errors.HfHubHTTPError.__bases__[0]  # the HTTPError of the HTTP library that the client is built on
     if isinstance(error, errors.OfflineModeIsEnabled):
         return Cause(
             "not in the cache, and the network is off (HF_HUB_OFFLINE); fetch it where there is one: bash run_all.sh --local --to 0"
@@ -376,7 +393,7 @@ def _cause(error: Exception) -> Cause | None:
         return _cause(error.__cause__) if isinstance(error.__cause__, Exception) else _unreachable(error)
     if isinstance(error, ArrivedDamagedError):
         return Cause(f"it arrives damaged ({error}); something between here and the hub changes files, try another network", passing=True)
-    if isinstance(error, (transport, ConnectionError, TimeoutError)):
+    if isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError)):
         return _unreachable(error)
     if type(error) is OSError and error.errno is None:  # the client's own words for a file of another size than announced
         return Cause(f"it arrives incomplete ({str(error).splitlines()[0]}); check the network", passing=True)

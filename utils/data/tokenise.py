@@ -88,7 +88,7 @@ def _cache_of(config: Experiment, data: Data, root: Path, stop: Stop, instead: s
         link_or_copy(state / "tokens", target / "tokens")
         np.save(target / "unigram_counts.npy", Tokens(target / "tokens" / "train").counts(words.get_vocab_size()))
         write_json(target / "counts.json", counts)
-        write_json(target / "source.json", {"fallback_because": instead, "files": source.origins} | describe(data))
+        write_json(target / "source.json", {"fallback_because": instead, "origins": source.origins} | describe(data))
 
     return cached(root, "tokens", description, build, stop)
 

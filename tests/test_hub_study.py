@@ -1,0 +1,149 @@
+"""A study whose model and text are on the hub: fetched by stage 0, and no network needed afterwards."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from configs.presets import load
+from configs.schema import Experiment
+from stages.pipeline import run_each, stages
+from tests.fake_stages import ROOT, TINY
+from tests.hub_server import Hub
+from utils.data.tokenizer import save_tokenizer, train_tokenizer
+from utils.models.loading import save_model, scratch_model
+from utils.run import hub as hub_module
+from utils.run.artifacts import read_json
+
+WORDS = ("what", "a", "monotone", "layer", "maps", "larger", "inputs", "to", "is", "never", "smaller", "in", "any", "coordinate")
+TEXTS = [" ".join(WORDS[(number * step) % len(WORDS)] for step in range(1, 60)) + f" {number}" for number in range(400)]
+PILE = "hf://datasets/monology/pile-uncopyrighted"
+FILES = {"train": [f"{PILE}/train/*.jsonl.zst"], "validation": [f"{PILE}/val.jsonl.zst"], "test": [f"{PILE}/test.jsonl.zst"]}
+LESS = ("uat.search_texts=2", "uat.select_texts=2", "uat.report_texts=2", "hotflip.texts=2", "training.steps=4", "data.train_tokens=4000")
+MAY_UNSHARE = subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False).returncode == 0
+
+
+def rows(texts: list[str]) -> bytes:
+    return zstandard.compress("".join(json.dumps({"text": text, "meta": {"pile_set_name": "Pile-CC"}}) + "\n" for text in texts).encode())
+
+
+@pytest.fixture
+def published(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    """Model and text on the hub, in the layout of the study; the experiment that names them."""
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setattr(hub_module, "WAITS", ())
+    folder = tmp_path / "published"
+    shape = load(TINY, ["model.scratch.vocabulary=300"]).model.scratch
+    assert shape
+    save_model(scratch_model(shape, end_of_text=0), folder)
+    save_tokenizer(train_tokenizer(iter(TEXTS), 300), folder)
+    hub.add(
+        "model", "EleutherAI/pythia-0m", {path.name: path.read_bytes() for path in folder.iterdir()} | {"pytorch_model.bin": b"a pickle"}
+    )
+    shutil.rmtree(folder)
+    half = {"train/00.jsonl.zst": rows(TEXTS[:150]), "train/01.jsonl.zst": rows(TEXTS[150:280])}
+    hub.add("dataset", "monology/pile-uncopyrighted", half | {"val.jsonl.zst": rows(TEXTS[280:360]), "test.jsonl.zst": rows(TEXTS[360:])})
+    model = "model={source: pretrained, name: EleutherAI/pythia-0m, scratch: null}"
+    return load(TINY, [model, "data.source=files", "data.embedded=null", f"data.files={json.dumps(FILES)}", *LESS])
+
+
+def setup(config: Experiment, code: int = 0) -> None:
+    assert run_each(stages()[:1], config, config.seeds, discard=False) == code
+
+
+def test_setup_fetches_and_says_what(published: Experiment, hub: Hub, stage_folder: Callable[[Path, int], Path], own_folders: Path) -> None:
+    setup(published)
+    written = read_json(stage_folder(own_folders, 0) / "setup_complete.json")
+    (commit,) = {origin["commit"] for origin in written["source"]["origins"].values()}
+    assert len(commit) == 40 and written["base_model_origin"]["commit"] != commit
+    assert written["source"]["files"]["train"] == FILES["train"]
+    assert written["source"]["origins"][FILES["train"][0]]["train/01.jsonl.zst"]["bytes"] == len(rows(TEXTS[150:280]))
+    assert written["source"]["fallback_because"] is None
+    assert not any("pytorch_model.bin" in request.path and request.method == "GET" for request in hub.requests)
+    assert (own_folders / "scratch/foundation_llm_cache/hub").is_dir(), "a home may have no room: files lie in the run's own cache"
+
+
+def test_another_seed_asks_the_hub_for_nothing(published: Experiment, hub: Hub) -> None:
+    setup(published)
+    hub.requests.clear()
+    hub.down()
+    setup(published.model_copy(update={"seeds": (7,)}))
+    assert hub.requests == []
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode != 0, reason="no right to switch the network off"
+)
+def test_after_setup_the_network_may_be_switched_off(
+    published: Experiment, own_folders: Path, stage_folder: Callable[[Path, int], Path]
+) -> None:
+    """Stages 1 to 7 in a process that has no network interface at all, not even loopback."""
+    setup(published)
+    (own_folders / "experiment.yaml").write_text(json.dumps(published.model_dump(mode="json")))
+    command = [sys.executable, "-m", "stages", "run", "--config", str(own_folders / "experiment.yaml")]
+    environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
+    done = subprocess.run(["unshare", "-n", *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[stage 0 setup, seed 42] already complete" in done.stdout
+    assert (stage_folder(own_folders, 7) / "experiment_summary.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (
+            lambda hub: hub.remove("dataset", "monology/pile-uncopyrighted"),
+            "pile-uncopyrighted@main: the hub has no such repository",
+        ),
+        (lambda hub: hub.gate("model", "EleutherAI/pythia-0m"), "model EleutherAI/pythia-0m@main: it is gated; accept its terms"),
+        (lambda hub: hub.down(), "the hub cannot be reached"),
+        (lambda hub: hub.fail("*", 429), "asked too often from here (429)"),
+    ],
+    ids=["removed", "gated", "down", "429"],
+)
+def test_setup_refuses_with_the_cause(
+    published: Experiment, hub: Hub, fault: Callable[[Hub], None], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fault(hub)
+    setup(published, code=2)
+    assert words in capsys.readouterr().err
+
+
+def test_fallback_is_said_in_the_results(
+    published: Experiment, hub: Hub, own_folders: Path, stage_folder: Callable[[Path, int], Path]
+) -> None:
+    c4 = {split: [f"hf://datasets/allenai/c4/en/{split}.json.gz"] for split in ("train", "validation", "test")}
+    content = {"train": TEXTS[:280], "validation": TEXTS[280:360], "test": TEXTS[360:]}
+    lines = {split: "".join(json.dumps({"text": text, "url": ""}) + "\n" for text in texts) for split, texts in content.items()}
+    hub.add("dataset", "allenai/c4", {f"en/{split}.json.gz": gzip.compress(text.encode()) for split, text in lines.items()})
+    hub.remove("dataset", "monology/pile-uncopyrighted")
+    data = published.data.model_dump(mode="json") | {"fallback": c4}
+    config = type(published).model_validate_json(json.dumps(published.model_dump(mode="json") | {"data": data}))
+    assert run_each(stages(), config, config.seeds, discard=False) == 0
+    summary = (stage_folder(own_folders, 7) / "experiment_summary.txt").read_text()
+    assert "FALLBACK TEXT was used (data.fallback), as the configured text could not be had: dataset monology/pile-uncopyrighted" in summary
+    final = read_json(stage_folder(own_folders, 7) / "final_results.json")
+    assert "no such repository" in final["experiment_info"]["text"]["fallback_because"]
+
+
+def test_no_socket_is_opened_after_setup(published: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup(published)
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert run_each(stages()[:2], published, published.seeds, discard=False) == 0

@@ -105,6 +105,8 @@ def test_passes_here_as_a_user_starts_it(own_folders: Path) -> None:
     found = verdicts(done.stdout)
     assert list(found) == NAMES
     assert {found[name] for name in NAMES[:10]} == {"ok"}
+    for folder in ("scratch/foundation_llm_work", "scratch/foundation_llm_cache", "project/foundation_llm_final_results"):
+        assert f" {own_folders / folder} (" in done.stdout
     table = done.stdout.split("\n\n")[1].splitlines()
     assert [line[:15].strip() for line in table[1:-2]] == NAMES
     assert table[-1] == "this machine can run it: bash run_all.sh"

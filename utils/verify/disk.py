@@ -42,7 +42,7 @@ def files(folders: Folders) -> Finding:
                     merged.append(str(path))
     if merged:
         return "warn", f"names that differ in case alone are one file in {', '.join(merged)}; give runs names that differ otherwise"
-    return "ok", f"renames, fsync, locks, links and memory maps hold on {', '.join(sorted(set(kinds.values())))}"
+    return "ok", "renames, fsync, locks, links and memory maps hold in " + ", ".join(f"{path} ({kind})" for path, kind in kinds.items())
 
 
 def space(config: Experiment, folders: Folders) -> Finding:

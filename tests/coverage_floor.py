@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 
 TOTAL, CRITICAL = 95.0, 98.0
-FILES = ("utils/training/", "utils/attacks/", "utils/run/", "utils/slurm/", "utils/models/constraints.py", "utils/models/certificate.py")
+FILES = (
+    "utils/training/",
+    "utils/attacks/",
+    "utils/run/",
+    "utils/slurm/",
+    "utils/verify/",
+    "utils/models/constraints.py",
+    "utils/models/certificate.py",
+)
 
 
 def main(report: str) -> int:

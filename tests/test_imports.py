@@ -24,6 +24,7 @@ ALLOWED = {
     "utils.slurm": {"configs", "utils.run", "utils.slurm"},
     "utils.report": {"configs", "utils.run", "utils.report"},
 }
+ALLOWED["utils.verify"] = {*ALLOWED, "utils.verify"} - {"utils"}  # it looks at all of them, and none of them at it
 FILES = sorted(path.relative_to(ROOT) for top in OWN for path in (ROOT / top).rglob("*.py"))
 MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in FILES}
 

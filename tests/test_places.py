@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -95,3 +96,36 @@ def test_disk_is_held_against_the_need(own_folders: Path, free: Callable[[float]
     assert places.free_space(config, folders) == Check("disk", "ok", "200 GB free, about 156.8 GB needed")
     unknown = load(TINY, ["model.scratch=null", "model={source: pretrained, name: gpt2}"])
     assert places.free_space(unknown, folders) == Check("disk", "warn", "200 GB free; the need is not known, as the size of gpt2 is not")
+
+
+def test_disk_is_that_of_the_folder_to_come(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or real(path))
+    config = load(TINY)
+    assert places.free_space(config, Folders.of(config.paths, config.run_name)).verdict == "ok"
+    assert asked == [own_folders]
+
+
+def test_a_visit_leaves_no_empty_folder(own_folders: Path) -> None:
+    with places.visited(own_folders / "a" / "b"):
+        (own_folders / "a" / "b").mkdir(parents=True)
+    assert list(own_folders.iterdir()) == []
+    with places.visited(own_folders / "a" / "b"):
+        (own_folders / "a" / "b").mkdir(parents=True)
+        (own_folders / "a" / "kept").touch()
+    assert [path.name for path in (own_folders / "a").iterdir()] == ["kept"]
+    with places.visited(own_folders / "a"):
+        (own_folders / "a" / "kept").unlink()
+    assert (own_folders / "a").is_dir()
+
+
+def test_a_visit_to_a_closed_folder(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(self: Path) -> bool:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "exists", closed)
+    with places.visited(own_folders / "a"):
+        pass
+    monkeypatch.undo()
+    assert own_folders.is_dir()

@@ -27,7 +27,8 @@ def final(root: Path, run: str) -> dict:
 
 def test_readme_names_the_known_commands() -> None:
     rest = [command for command in COMMANDS if command not in OF_RUNS]
-    assert rest == ["bash run_tests.sh", ".venv/bin/python -m stages.stage_3_train_monotonic --config mini --seed 42"]
+    stage = ".venv/bin/python -m stages.stage_3_train_monotonic --config mini --seed 42"
+    assert rest == ["bash run_tests.sh", ".venv/bin/python verify_local.py", stage]  # tests/test_verify_local.py runs the second
 
 
 @pytest.mark.parametrize("option", ["--help", "--plan", "--status"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from configs.schema import Experiment
@@ -26,6 +28,25 @@ def unwritable(name: str, path: Path) -> str | None:
     return None
 
 
+@contextmanager
+def visited(path: Path) -> Iterator[None]:
+    """Remove the folders again that are made in this block on the way to `path` and are empty at its end."""
+    absent = [folder for folder in (path, *path.parents) if not _there(folder)]
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for folder in absent:
+                folder.rmdir()
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def file_system(path: Path) -> str:
     """Type of the file system that holds a folder, from the kernel's list of mounts."""
     try:
@@ -39,7 +60,8 @@ def file_system(path: Path) -> str:
 
 def free_space(config: Experiment, folders: Folders) -> Check:
     """Free space against an estimate."""
-    free = shutil.disk_usage(folders.work).free / 1e9
+    place = next(folder for folder in (folders.work, *folders.work.parents) if _there(folder))
+    free = shutil.disk_usage(place).free / 1e9
     need = needed_gigabytes(config)
     if need is None:
         return Check("disk", "warn", f"{free:.0f} GB free; the need is not known, as the size of {config.model.name} is not")

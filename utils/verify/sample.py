@@ -10,9 +10,11 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from configs.schema import Scratch
-from utils.data.sources import Row
+from utils.data.encode import encoded, encoder
+from utils.data.shards import Shards
+from utils.data.tokenise import key_of
 from utils.data.tokenizer import train_tokenizer
-from utils.data.tokens import Tokens, write_split
+from utils.data.tokens import Tokens
 from utils.models.loading import scratch_model
 
 VOCABULARY = 320
@@ -33,7 +35,11 @@ def sample_tokenizer() -> Tokenizer:
 
 def write_tokens(folder: Path, texts: Sequence[str], tokenizer: Tokenizer) -> Tokens:
     """A split on disk, written as setup writes it."""
-    write_split(folder, [Row(text, "prose", "train") for text in texts], tokenizer, END_OF_TEXT, limit=10**6)
+    shards, encode = Shards(folder, tokenizer.get_vocab_size(), END_OF_TEXT), encoder(tokenizer, texts)
+    for text, ids in encoded(texts, str, encode):
+        assert ids is not None
+        shards.add(ids, len(text.encode()), "prose", key_of(text))
+    shards.mark(len(texts), duplicates=0, complete=True)
     return Tokens(folder)
 
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from utils.run.checks import Check, examined, passed, table
-from utils.run.errors import DONE, FAILED, REFUSED, InputError
+from utils.run.checks import Check, concluded, examined
+from utils.run.errors import REFUSED, InputError
 from utils.verify.packages import packages
 
 ENVIRONMENT = Path(__file__).parent / ".venv" / "bin" / "python"
@@ -19,17 +19,13 @@ ENVIRONMENT = Path(__file__).parent / ".venv" / "bin" / "python"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    found: list[Check] = []
     try:
-        good = passed(_noted(found, options))
+        return concluded(_checks(options), "this machine can run it: bash run_all.sh")
     except InputError as error:
         print(error, file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         return 130
-    print(f"\n{table(found)}")
-    print("this machine can run it: bash run_all.sh" if good else "correct what is marked 'no' above, then run this again")
-    return DONE if good else FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,12 +33,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default="mini", metavar="NAME|FILE", help="a preset, or a YAML file (default: mini)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override one key; repeatable")
     return parser
-
-
-def _noted(found: list[Check], options: argparse.Namespace) -> Iterator[Check]:
-    for check in _checks(options):
-        found.append(check)
-        yield check
 
 
 def _checks(options: argparse.Namespace) -> Iterator[Check]:

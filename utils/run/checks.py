@@ -11,10 +11,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.run.errors import InputError, WorkFailed
+from utils.run.errors import DONE, FAILED, InputError, WorkFailed
 
 Verdict = Literal["ok", "warn", "no", "skip"]
 Finding = tuple[Verdict, str]
+NO = "correct what is marked 'no' above, then run this again"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ def passed(found: Iterable[Check]) -> bool:
         good = good and check.verdict != "no"
         print(f"  {check.verdict:<5} {check.name}: {check.words}", file=sys.stderr if check.verdict == "no" else sys.stdout, flush=True)
     return good
+
+
+def concluded(found: Iterable[Check], good: str) -> int:
+    """Print each check as soon as it is known, a table, and what follows (`good` if there was no `no`); returns the exit code."""
+    kept: list[Check] = []
+
+    def noted() -> Iterable[Check]:
+        for check in found:
+            kept.append(check)
+            yield check
+
+    fine = passed(noted())
+    print(f"\n{table(kept)}\n{good if fine else NO}")
+    return DONE if fine else FAILED
 
 
 def table(found: Sequence[Check]) -> str:

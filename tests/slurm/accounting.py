@@ -95,4 +95,4 @@ class AccountingCluster(Cluster):
         return subprocess.run(["sacctmgr", "-i", *arguments], env=self._environment(), capture_output=True, timeout=30).returncode
 
     def _environment(self) -> dict[str, str]:
-        return super()._environment() | {"PATH": FOLDERS, "LD_LIBRARY_PATH": f"{UNPACKED}/{LIBRARIES}"}
+        return super()._environment() | {"PATH": FOLDERS, "LD_LIBRARY_PATH": f"{UNPACKED}/{LIBRARIES}:{UNPACKED}/lib/x86_64-linux-gnu"}

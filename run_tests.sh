@@ -19,7 +19,10 @@ case $kind in
 esac
 choose_python
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
-"$PYTHON" -m pytest -rs "${options[@]+"${options[@]}"}" "$@"
+# One worker more than cores: tests on a cluster mostly wait.
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+workers=$((cores + 1))
+"$PYTHON" -m pytest -rs -n "$((workers < 8 ? workers : 8))" --dist worksteal "${options[@]+"${options[@]}"}" "$@"
 if [ "$kind" = coverage ]; then
     "$PYTHON" -m coverage json -q -o .coverage.json
     "$PYTHON" -m tests.coverage_floor .coverage.json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -114,7 +115,17 @@ def test_a_fast_encoder_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch
     assert fast(tokenizer)(["return x"])[0].tolist() != tokenizer.encode("return x").ids
 
 
-@pytest.mark.parametrize("change", ["word level", "other normaliser", "prefix space", "other added entry"])
+def changed(tokenizer: Tokenizer, change: str) -> Tokenizer:
+    """Merges in another order than the ids of what they make; or an entry that is not spelt in the characters for bytes."""
+    stored = json.loads(tokenizer.to_str())
+    if change == "other order":
+        stored["model"]["merges"].reverse()
+    else:
+        stored["model"]["vocab"]["漢"] = stored["model"]["vocab"].pop("".join(stored["model"]["merges"].pop()))
+    return Tokenizer.from_str(json.dumps(stored))
+
+
+@pytest.mark.parametrize("change", ["word level", "other normaliser", "prefix space", "other added entry", "other order", "other alphabet"])
 def test_other_tokenizers_take_the_slow_way(change: str) -> None:
     tokenizer = like_neox()
     if change == "word level":
@@ -124,8 +135,10 @@ def test_other_tokenizers_take_the_slow_way(change: str) -> None:
         tokenizer.normalizer = normalizers.Lowercase()
     elif change == "prefix space":
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    else:
+    elif change == "other added entry":
         tokenizer.add_tokens([AddedToken("xyz", special=False)])
+    else:
+        tokenizer = changed(tokenizer, change)
     assert encode_module._by_tiktoken(tokenizer, encode_module._by_tokenizers(tokenizer)) is None
     assert encoder(tokenizer)(["a B"])[0].tolist() == tokenizer.encode("a B", add_special_tokens=False).ids
 

@@ -83,6 +83,14 @@ def test_configuration_is_frozen() -> None:
         ("model.source=pretrained", ["model: expected: the section model.scratch is given if and only if"]),
         ("data.source=files", ["data: expected: source='files' needs the section data.files and no other"]),
         ("data.files={train: [a], validation: [b], test: [a]}", ["data.files: expected: a file is named twice"]),
+        (
+            "data.files={train: ['hf://datasets/a'], validation: [b], test: [c]}",
+            ["expected hf://datasets/OWNER/NAME"],
+        ),
+        (
+            "data.fallback={train: [a], validation: [b], test: [c]}",
+            ["data: expected: fallback stands in for data.files, and there are none"],
+        ),
         ("data.embedded.packages=[]", ["data.embedded.packages: found []", "at least 1 item"]),
         ("seeds=[1, 1]", ["seeds=[1, 1] names a seed twice"]),
         ("seeds=[-1]", ["seeds.0: found -1"]),

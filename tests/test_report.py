@@ -23,7 +23,8 @@ from utils.report.statistics import Estimate
 from utils.report.study import ATTACKED, MODELS, Study
 from utils.report.summary import final_results, interval, key_findings, summary_text
 from utils.report.tables import write_tables
-from utils.run.artifacts import write_json
+from utils.run.artifacts import read_json, write_json
+from utils.run.errors import InputError
 from utils.run.stage import producer
 
 pytestmark = pytest.mark.integration
@@ -41,6 +42,13 @@ def inputs(finished: Path) -> dict[str, Path]:
 @pytest.fixture
 def study(tiny: Experiment, inputs: dict[str, Path]) -> Study:
     return Study.load(tiny, {42: inputs})
+
+
+def test_seeds_of_different_text_are_not_summed_up(tiny: Experiment, inputs: dict[str, Path], tmp_path: Path) -> None:
+    stored = read_json(inputs["setup"])
+    write_json(tmp_path / "setup.json", stored | {"source": stored["source"] | {"fallback_because": "the hub was away"}})
+    with pytest.raises(InputError, match=r"seeds 42 and 7 were made from different text \(setup_complete\.json, source\)"):
+        Study.load(tiny, {42: inputs, 7: inputs | {"setup": tmp_path / "setup.json"}})
 
 
 def of(frame: pd.DataFrame, model: str, column: str) -> list[Any]:

@@ -14,6 +14,8 @@ import pyarrow
 import pytest
 import zstandard
 from pyarrow import parquet
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerFast
 
 from configs.presets import load
 from configs.schema import Scratch
@@ -32,7 +34,7 @@ NAMES = [
     *("cache folder", "network", "hub", "token", "disk", "model files", "tokenizer", "text files"),
     *("first rows", "fallback", "offline use", "small model"),
 ]
-TEXT = "def monotone(x):\n    return x  # größer, 漢字"
+TEXT = "def Monotone(x):\n    return x  # größer, 漢字"
 ROWS = zstandard.compress(b'{"text": "a row", "meta": {"pile_set_name": "Pile-CC"}}\n' * 3)
 C4 = {split: [f"hf://datasets/allenai/c4/en/{split}.json.gz"] for split in ("train", "validation", "test")}
 FALLBACK = ("--set", f"data.fallback={json.dumps(C4)}")
@@ -200,6 +202,23 @@ def test_what_is_missing_is_a_no_with_the_cause(
     assert code == 1 and found[name] == "no", said
     assert words in said and "secret" not in said
     assert "correct what is marked 'no' above, then run this again" in said
+
+
+@pytest.mark.parametrize("harm", ["no end of text", "another text"])
+def test_a_tokenizer_that_will_not_do(
+    study: Hub, model_folder: dict[str, bytes], harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = train_tokenizer(iter([TEXT]), 300)
+    if harm == "another text":
+        tokenizer.normalizer = normalizers.Lowercase()
+        save_tokenizer(tokenizer, tmp_path)
+    else:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    republish(study, model_folder | {path.name: path.read_bytes() for path in tmp_path.glob("*.json")})
+    code, found, said = look(capsys)
+    assert code == 1 and found["tokenizer"] == "no"
+    words = {"no end of text": "it has no end-of-text token", "another text": "a text that is encoded and decoded comes out as another one"}
+    assert words[harm] in said
 
 
 def test_a_full_disk_is_a_no(study: Hub, free: Callable[[float], None], capsys: pytest.CaptureFixture[str]) -> None:

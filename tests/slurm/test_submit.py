@@ -92,7 +92,9 @@ def test_network_and_environment(cluster: Cluster, checkout: Checkout, tmp_path:
     """What would fail in the job for want of the network or of Python's packages fails here, and is said."""
     empty = {"HF_HOME": str(tmp_path / "empty")}
     said = refused(cluster, checkout, "--config", "pythia-70m", "--cluster", site(checkout), **empty)
-    assert "the cache lacks the model EleutherAI/pythia-70m" in said and "bash run_all.sh --local --to 0 with the same --config" in said
+    assert (
+        "the cache lacks files of model EleutherAI/pythia-70m@" in said and "bash run_all.sh --local --to 0 with the same --config" in said
+    )
     assert "network: stage 0 runs where the network is reached" in checkout.run_all(
         "--config", "pythia-70m", "--cluster", site(checkout, network="setup", environment=["exit 3"]), code=2, **empty
     )

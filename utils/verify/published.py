@@ -67,7 +67,7 @@ def tokenizer(look: Look) -> Finding:
             return "no", fault
         folder = next(iter(hub.fetch(repository, names, look.root, look.stop).paths.values())).parent
     words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    text = "def monotone(x):\n    return x  # größer, 漢字"
+    text = "def Monotone(x):\n    return x  # größer, 漢字"
     if words.eos_token_id is None:
         return "no", "it has no end-of-text token, which stands between documents"
     if words.decode(words(text, add_special_tokens=False)["input_ids"]) != text:

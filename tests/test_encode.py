@@ -42,7 +42,7 @@ SNIPPETS = (
         "\u200d",
         "\ufeff",
     ),
-    *("<|endoftext|>", "<|padding|>", "the", "ing", "return"),
+    *("<|endoftext|>", "<|padding|>", "\ufdd0\ufdd1", "the", "ing", "return"),
 )
 
 

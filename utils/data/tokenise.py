@@ -30,6 +30,7 @@ from utils.run.progress import Progress
 
 VERSION = 2  # raise it when a change of this package changes the tokens
 PROOF_TEXTS = 64
+WHITE_SPACE = b" \t\n\r\v\f"
 SAME_SHARE = 0.95  # the parts at the ends of a packed sequence may be cut within a word
 COUNTED = ("documents", "tokens", "bytes", "duplicates")
 
@@ -183,8 +184,8 @@ class _Fresh:
 
 
 def key_of(text: str) -> bytes:
-    """What two texts that differ in white space alone have in common."""
-    return hashlib.blake2b(" ".join(text.split()).encode(errors="replace"), digest_size=KEY_BYTES).digest()
+    """What two texts that differ in white space (of ASCII) alone have in common."""
+    return hashlib.blake2b(text.encode(errors="replace").translate(None, WHITE_SPACE), digest_size=KEY_BYTES).digest()
 
 
 def _documents(rows: Iterator[Row], words: Tokenizer, end_of_text: int) -> Iterator[Row]:

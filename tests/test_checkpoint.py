@@ -23,6 +23,7 @@ def saved(folder: Path, steps: dict[int, int], keep_last: int = 9) -> Checkpoint
     for step, best in steps.items():
         state = TrainState(step=step, metrics_bytes=10 * step, best_step=best, best_nll=1 / (1 + best), seconds=0.5, resumed_at=[1])
         checkpoints.save(state, tensors(step), {"weight.exp_avg": torch.full((3, 2), -float(step))})
+    checkpoints.wait()
     return checkpoints
 
 

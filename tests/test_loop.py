@@ -22,7 +22,9 @@ from utils.run.errors import InputError, StoppedInTime, WorkFailed
 from utils.run.preemption import Stop
 from utils.training import loop
 from utils.training.checkpoint import Checkpoints, TrainState
-from utils.training.loop import MetricsLog, Run, read_metrics, train
+from utils.training.loop import train
+from utils.training.metrics import MetricsLog, read_metrics
+from utils.training.run import Run
 
 LENGTH = 8
 ARMS = ("baseline", "projected", "softplus")

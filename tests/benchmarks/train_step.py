@@ -10,11 +10,13 @@ import argparse
 import gc
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,12 @@ from utils.data.tokens import PackedBatches, Tokens
 from utils.models.blocks import compiles
 from utils.models.constraints import Constraint, non_negative_start
 from utils.models.ffn import set_activation
-from utils.models.loading import as_teacher, autocast
+from utils.models.loading import as_teacher, autocast, load_model, save_model
 from utils.run.preemption import Stop
 from utils.training.batches import prefetched
 from utils.training.checkpoint import Checkpoints, TrainState
-from utils.training.loop import ready
+from utils.training.loop import ready, train
+from utils.training.memory import choose
 from utils.training.run import Run
 from utils.training.step import Stepper
 
@@ -51,7 +54,7 @@ class Bench:
     """One shape on one device, with text of random tokens on disk."""
 
     def __init__(self, shape: str, folder: Path, compile_: str, steps: int) -> None:
-        self.shape, self.folder, self.steps = SHAPES[shape], folder, steps
+        self.name, self.shape, self.folder, self.steps = shape, SHAPES[shape], folder, steps
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.compiled = compiles(Compute(compile=compile_), self.device)
         ids = np.random.default_rng(0).integers(0, self.shape["vocab"], 200 * self.shape["batch"] * self.shape["length"])
@@ -78,7 +81,7 @@ class Bench:
         with self.device:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
-    def run(self, arm: str) -> Run:
+    def run(self, arm: str, **settings: Any) -> Run:
         model, constraint, teacher = self.model(), None, None
         if arm in ("monotone", "softplus"):
             spec = Monotone.model_validate({"parametrisation": "softplus" if arm == "softplus" else "projected"})
@@ -87,9 +90,8 @@ class Bench:
             constraint = Constraint(model, spec)
         if arm == "distilling":
             teacher = as_teacher(self.model(), "bf16")
-        training = Training(
-            steps=self.steps, batch_size=self.shape["batch"], distillation=0.5 if teacher is not None else 0.0, validate_every=self.steps
-        )
+        usual = {"steps": self.steps, "validate_every": self.steps, "batch_size": self.shape["batch"]}
+        training = Training.model_validate(usual | {"distillation": 0.5 if teacher is not None else 0.0} | settings)
         return Run(
             model=model,
             spec=training,
@@ -139,7 +141,7 @@ def _marks(act: Callable[[int], Any], count: int) -> Iterator[float]:
             act(number)
             events[number + 1].record()
         torch.cuda.synchronize()
-        yield from (before.elapsed_time(after) / 1e3 for before, after in zip(events, events[1:], strict=False))
+        yield from (before.elapsed_time(after) / 1e3 for before, after in pairwise(events))
         return
     for number in range(count):
         began = time.perf_counter()
@@ -149,10 +151,7 @@ def _marks(act: Callable[[int], Any], count: int) -> Iterator[float]:
 
 def measure(bench: Bench, arm: str) -> dict[str, Any]:
     """First step's seconds (compilation), then the others' median, and the peak of memory."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    release()
     torch._dynamo.reset()
     alternatives = {"plain": plain, "trainer": trainer, "trainer compiled": trainer}
     seconds = alternatives.get(arm, engine)(bench, arm)
@@ -241,12 +240,11 @@ def trainer(bench: Bench, arm: str) -> list[float]:
     )
     Trainer(model=bench.model(), args=arguments, train_dataset=Rows(), callbacks=[Clock()]).train()
     sync()
-    between = zip(marks, marks[1:], strict=False)
-    return [(b - a) if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in between]
+    return [(b - a) if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
 
 
 def checkpointing(bench: Bench, usual: float) -> dict[str, Any]:
-    """What saves cost the steps around them, how long a thread then writes, and how long it takes to be ready again."""
+    """What saves cost the steps around them, how long a thread then writes, and how long a new process takes to its first step."""
     run, found = bench.run("baseline"), {}
     with ready(run), closing(Checkpoints(run.state_folder, 1)) as checkpoints:
         stepper = Stepper(run, checkpoints.snapshot.before_update)
@@ -254,41 +252,80 @@ def checkpointing(bench: Bench, usual: float) -> dict[str, Any]:
         batches = [torch.from_numpy(bench.text.batch(number, bench.shape["batch"])).to(bench.device) for number in range(4)]
         for ids in batches:
             stepper(ids, RATE)
-        for turn in ("first", "second"):  # the first save also allocates the locked memory
+        for number, turn in enumerate(("first", "second"), 1):  # the first save also allocates the locked memory
             sync()
             began = time.perf_counter()
-            checkpoints.save(TrainState(step=len(turn)), run.model.state_dict(), stepper.tensors())
-            found[f"{turn}_host_seconds"] = time.perf_counter() - began
-            for number in range(8):
-                stepper(batches[number % 4], RATE)
+            state = TrainState(step=number, micro_batch=bench.shape["batch"])
+            checkpoints.save(state, run.model.state_dict(), stepper.tensors())
+            found[f"{turn} save, host seconds"] = time.perf_counter() - began
+            for ids in batches * 2:
+                stepper(ids, RATE)
             sync()
-            found[f"{turn}_stall_seconds"] = time.perf_counter() - began - 8 * usual
+            found[f"{turn} save, stall in seconds"] = time.perf_counter() - began - 8 * usual
             checkpoints.wait()
-            found[f"{turn}_write_seconds"] = time.perf_counter() - began
-        size = sum(file.stat().st_size for file in run.state_folder.rglob("*") if file.is_file())
-    study = STUDY_SEQUENCES / bench.shape["batch"] * usual
-    found |= {"bytes": size, "second_stall_share_at_the_studys_cadence": found["second_stall_seconds"] / study}
-    found["first_stall_share_at_the_studys_cadence"] = found["first_stall_seconds"] / study
-    del stepper
-    return found | resuming(bench, run)
+            found[f"{turn} save, seconds until it is on disk"] = time.perf_counter() - began
+            study = STUDY_SEQUENCES / bench.shape["batch"] * usual
+            found[f"{turn} save, stall as a share of the study's training time"] = found[f"{turn} save, stall in seconds"] / study
+    found["bytes"] = sum(file.stat().st_size for file in run.state_folder.rglob("*") if file.is_file())
+    save_model(run.model, bench.folder / "start")
+    del stepper, run, checkpoints, batches
+    release()
+    command = [sys.executable, "-m", "tests.benchmarks.train_step", "--shape", bench.name, "--resume", str(bench.folder)]
+    text = subprocess.run([*command, "--since", str(time.time())], check=True, stdout=subprocess.PIPE, text=True).stdout
+    print(text, flush=True)
+    return found | json.loads(text.splitlines()[-1])
 
 
-def resuming(bench: Bench, run: Run) -> dict[str, Any]:
-    began = time.perf_counter()
-    with ready(run), closing(Checkpoints(run.state_folder, 1)) as checkpoints:
-        state = checkpoints.newest()
-        assert state is not None
-        verified = time.perf_counter()
+class FirstStep(Stop):
+    """Ends a run after its first step."""
+
+    def requested(self) -> bool:
+        sync()
+        raise KeyboardInterrupt
+
+
+def resume(bench: Bench, since: float) -> None:
+    """In a process of its own: from nothing to the end of the first step, by the loop that trains."""
+    marks = {"libraries loaded": time.time() - since}
+    run = bench.run("baseline")
+    run.model = load_model(bench.folder / "start", bench.device)
+    run.stop = FirstStep()
+    sync()
+    marks["start model loaded"] = time.time() - since
+    with suppress(KeyboardInterrupt):
+        train(run)
+    marks["first step done"] = time.time() - since
+    print(json.dumps({f"resume, seconds to: {what}": seconds for what, seconds in marks.items()}))
+
+
+def fitting(bench: Bench, gigabytes: int) -> dict[str, Any]:
+    """What `auto` chooses on a card of this size for a step of the study (distilling, 128 sequences), and what such steps take."""
+    release()
+    torch._dynamo.reset()
+    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+    run = bench.run("distilling", batch_size=128)
+    with ready(run):
         stepper = Stepper(run)
-        run.model.load_state_dict(checkpoints.model_tensors(state.step))
-        stepper.restore(checkpoints.optimizer_tensors(state.step), state.step)
-        stepper.split(bench.shape["batch"], 0.0)
-        sync()
-        loaded = time.perf_counter()
-        stepper(torch.from_numpy(bench.text.batch(0, bench.shape["batch"])).to(bench.device), RATE)
-        sync()
-        ended = time.perf_counter()
-    return {"resume_checksum_seconds": verified - began, "resume_load_seconds": loaded - verified, "resume_first_step_seconds": ended - loaded}
+        began = time.perf_counter()
+        chosen = choose(run, stepper)
+        found = {"seconds to choose": time.perf_counter() - began, "micro_batch": chosen[0], "recompute": chosen[1]}
+        stepper.split(*chosen)
+        batches = [torch.from_numpy(bench.text.batch(number, 128)).to(bench.device) for number in range(2)]
+        torch.cuda.reset_peak_memory_stats()
+        seconds = list(_marks(lambda number: stepper(batches[number % 2], RATE), 3))
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return found | {
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "reserved_memory_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "tokens_per_second": 128 * bench.shape["length"] / seconds[-1],
+    }
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def table(results: dict[str, Any]) -> str:
@@ -310,15 +347,15 @@ def goals(results: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
     """(what, measured, goal, met) for every goal whose arms were run."""
     arms, rate = results["arms"], results["matmul_flops_per_second"]
     step = {arm: facts["ms_per_step"] for arm, facts in arms.items()}
-    found = [(f"{arm}: share of the matmul rate", arms[arm]["flops_per_second"] / rate, 0.6, False) for arm in ("baseline", "monotone") if arm in arms]
+    shares = [arm for arm in ("baseline", "monotone") if arm in arms]
+    found = [(f"{arm}: share of the matmul rate", arms[arm]["flops_per_second"] / rate, 0.6, False) for arm in shares]
     pairs = {("monotone", "baseline"): 1.02, ("distilling", "baseline"): 1.45}
     found += [(f"{a} / {b}, step", step[a] / step[b], goal, True) for (a, b), goal in pairs.items() if a in step and b in step]
     if "trainer" in step and "baseline" in step:
         found.append(("tokens/s over Trainer's", step["trainer"] / step["baseline"], 1.2, False))
-    saving = results.get("checkpoint", {})
-    if saving:
-        found.append(("stall, share of training time", saving["first_stall_share_at_the_studys_cadence"], 0.01, True))
-        found.append(("resume, seconds", sum(value for key, value in saving.items() if key.startswith("resume")), 30.0, True))
+    if saving := results.get("checkpoint"):
+        found.append(("stall, share of training time", saving["first save, stall as a share of the study's training time"], 0.01, True))
+        found.append(("resume, seconds to first step", saving["resume, seconds to: first step done"], 30.0, True))
     return [(what, value, goal, value <= goal if at_most else value >= goal) for what, value, goal, at_most in found]
 
 
@@ -329,8 +366,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=23, help="steps an arm; the first three are not counted")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", dest="compile_")
     parser.add_argument("--checkpoint", action="store_true", help="also measure saving and resuming")
+    parser.add_argument("--cards", nargs="*", type=int, default=[], metavar="GB", help="also choose micro-batches on cards of these sizes")
+    parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
+    if options.resume:
+        resume(Bench(options.shape, options.resume, options.compile_, options.steps), options.since)
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.shape, Path(folder), options.compile_, options.steps)
         name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
@@ -343,11 +386,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.checkpoint:
             usual = results["arms"].get("baseline", {"ms_per_step": 0.0})["ms_per_step"] / 1e3
             results["checkpoint"] = checkpointing(bench, usual)
+        results["cards"] = {f"{size} GB": fitting(bench, size) for size in options.cards}
     judged = goals(results)
     if options.out:
         options.out.write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
-    print(json.dumps(results.get("checkpoint", {}), indent=2))
+    print(json.dumps({key: results.get(key) for key in ("checkpoint", "cards")}, indent=2))
     for what, value, goal, met in judged:
         print(f"{what:<40}{value:8.3f}   goal {goal:g}{'' if met else '   MISSED'}")
     return int(bench.device.type == "cuda" and not all(met for *_, met in judged))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -14,7 +14,7 @@ from utils.data.tokens import PackedBatches
 AHEAD = 3  # steps that are read ahead
 
 
-def prefetched(source: PackedBatches, size: int, steps: range, device: torch.device) -> Iterator[Tensor]:
+def prefetched(source: PackedBatches, size: int, steps: range, device: torch.device) -> Generator[Tensor]:
     """Yield the (size, T + 1) ids of each step on the device, in order. Batch t is a function of (seed, t) alone, hence nothing is saved.
 
     For a GPU the thread puts them into locked memory, from which they are copied without the host waiting. Close it to end the thread.

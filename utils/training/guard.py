@@ -44,7 +44,7 @@ def stop_if_lost(in_a_row: int, limit: int, step: int, verdict: int, rate: float
     """Raise WorkFailed when `limit` steps in a row were skipped; nothing was changed by them."""
     if in_a_row >= limit:
         raise WorkFailed(
-            f"step {step}: loss {loss}, gradient norm {norm}: the {in_a_row}th skipped step in a row ({NAMES[verdict]}); the state before "
-            f"them is kept. Lower the learning rate (now {rate:g}), or raise training.max_loss_rise if the loss is expected to jump, "
-            "and run with --discard"
+            f"step {step}: loss {loss}, gradient norm {norm}: the last of {in_a_row} skipped steps in a row ({NAMES[verdict]}); "
+            f"the state before them is kept. Lower the learning rate (now {rate:g}), or raise training.max_loss_rise if the loss is "
+            "expected to jump, and run with --discard"
         )

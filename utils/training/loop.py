@@ -118,8 +118,9 @@ def _validated(run: Run, state: TrainState, log: MetricsLog) -> str:
     nll = mean_nll(run.model, run.validation.all_sequences(), state.micro_batch, run.precision)
     if not math.isfinite(nll) or (state.best_nll is not None and nll > state.best_nll + run.spec.max_loss_rise):
         raise WorkFailed(
-            f"step {state.step}: the validation loss is {nll} (best so far: {state.best_nll}, at step {state.best_step}); lower the "
-            f"learning rate (now {run.peak_rate:g}), or raise training.max_loss_rise (now {run.spec.max_loss_rise:g}), and run with --discard"
+            f"step {state.step}: the validation loss is {nll} (best so far: {state.best_nll}, at step {state.best_step}); lower "
+            f"the learning rate (now {run.peak_rate:g}), or raise training.max_loss_rise (now {run.spec.max_loss_rise:g}), "
+            "and run with --discard"
         )
     if state.best_nll is None or nll < state.best_nll:
         state.best_nll, state.best_step = nll, state.step

@@ -61,8 +61,8 @@ class Stepper:
     def _update(self, norm: Tensor, verdict: Tensor, rate: float) -> None:
         """AdamW on the clipped gradient. The fused kernel itself divides by the scale, and changes nothing if the flag is set."""
         good = verdict[0] == GOOD
-        self.optimizer.grad_scale = torch.where(good, (norm / self.run.spec.max_gradient_norm).clamp(min=1.0), 1.0)
-        self.optimizer.found_inf = (~good).float()
+        self.optimizer.grad_scale = torch.where(good, (norm / self.run.spec.max_gradient_norm).clamp(min=1.0), 1.0)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.before_update()

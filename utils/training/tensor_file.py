@@ -42,4 +42,4 @@ def _header(ordered: list[tuple[str, Tensor]]) -> memoryview:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data

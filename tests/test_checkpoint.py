@@ -22,12 +22,16 @@ def tensors(step: int) -> dict[str, Tensor]:
     return {"weight": torch.full((3, 2), float(step)), "bias": torch.arange(4.0) + step}
 
 
+def moments(step: int) -> dict[str, Tensor]:
+    return {"weight.exp_avg": torch.full((3, 2), -float(step)), "weight.exp_avg_sq": torch.full((3, 2), 2.0 * step)}
+
+
 def saved(folder: Path, steps: dict[int, int], keep_last: int = 9) -> Checkpoints:
     """Checkpoints of {step: best step so far}."""
     checkpoints = Checkpoints(folder, keep_last)
     for step, best in steps.items():
         state = TrainState(step=step, metrics_bytes=10 * step, best_step=best, best_nll=1 / (1 + best), seconds=0.5, resumed_at=[1])
-        checkpoints.save(state, tensors(step), {"weight.exp_avg": torch.full((3, 2), -float(step))})
+        checkpoints.save(state, tensors(step), moments(step))
     checkpoints.wait()
     return checkpoints
 
@@ -45,10 +49,11 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     state = checkpoints.newest()
     assert state == TrainState(step=8, metrics_bytes=80, best_step=4, best_nll=0.2, seconds=0.5, resumed_at=[1])
     assert all(torch.equal(tensor, tensors(8)[name]) for name, tensor in checkpoints.model_tensors(8).items())
-    assert torch.equal(checkpoints.optimizer_tensors(4)["weight.exp_avg"], torch.full((3, 2), -4.0))
+    assert all(torch.equal(tensor, moments(4)[name]) for name, tensor in checkpoints.optimizer_tensors(4).items())
+    assert checkpoints.optimizer_tensors(4).keys() == moments(4).keys()
 
 
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+FILES = (*checkpoint.FILES, "state.json", "manifest.json")
 
 
 @pytest.mark.parametrize("how", ["deleted", "truncated", "one bit"])
@@ -175,12 +180,13 @@ def test_an_error_of_the_writer_is_raised_by_whatever_comes_next(tmp_path: Path,
 
 
 def test_closing_waits_for_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Slow(monkeypatch)
+    slow, before = Slow(monkeypatch), set(enumerate_threads())
     with closing(Checkpoints(tmp_path, 2)) as checkpoints:
         checkpoints.save(TrainState(step=1), tensors(1), {})
+        assert set(enumerate_threads()) > before
         slow.go.set()
     assert names(tmp_path) == ["step_00000001"]
-    assert [thread.name for thread in enumerate_threads() if thread.name.startswith("checkpoint")] == []
+    assert set(enumerate_threads()) <= before
 
 
 def test_files_are_read_for_their_checksums_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +200,7 @@ def test_files_are_read_for_their_checksums_once(tmp_path: Path, monkeypatch: py
     checkpoints.optimizer_tensors(4)
     checkpoints.model_tensors(2)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in read) == sorted(
-        [*(f"step_00000004/{name}" for name in FILES[:3]), "step_00000002/model.safetensors", "step_00000002/state.json"]
+        [*(f"step_00000004/{name}" for name in FILES[:4]), "step_00000002/model.safetensors", "step_00000002/state.json"]
     )
 
 
@@ -231,6 +237,17 @@ def test_on_a_gpu_the_copy_waits_for_the_past_and_the_update_for_the_copy(monkey
     snapshot.before_update()
     snapshot.arrived()
     assert said == ["side waits for main", "main waits for copies of side", "host waits for copies of side"]
+
+
+def test_buffers_are_made_before_the_first_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.prepare(tensors(1), moments(1))
+    checkpoints.wait()
+    made = dict(checkpoints.snapshot.buffers)
+    checkpoints.save(TrainState(step=1), tensors(1), moments(1))
+    assert checkpoints.snapshot.buffers.keys() == made.keys()
+    assert all(checkpoints.snapshot.buffers[name] is buffer for name, buffer in made.items())
+    checkpoints.wait()
 
 
 def test_buffers_are_kept_and_replaced_only_for_another_shape() -> None:

@@ -164,7 +164,7 @@ def test_killed_in_the_last_validation(bench: Bench, straight: dict[str, Outcome
     assert_same(outcome(state, checkpoints, bench), straight["projected"])
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("file", [*checkpoint.FILES, "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["deleted", "truncated"])
 def test_killed_while_the_newest_checkpoint_was_written(
     bench: Bench, straight: dict[str, Outcome], file: str, how: str, capsys: pytest.CaptureFixture[str]

@@ -17,7 +17,7 @@ from utils.run.errors import InputError
 from utils.training.tensor_file import write_tensors
 
 READERS = 4  # files whose checksums are taken at once
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+FILES = MODEL, OPTIMIZER, SQUARES = "model.safetensors", "optimizer.safetensors", "optimizer_squares.safetensors"
 Named = Mapping[str, Tensor]
 
 
@@ -61,6 +61,11 @@ class Snapshot:
             self.copied = self.stream.record_event()
         return copies
 
+    def reserve(self, tensors: Named) -> None:
+        """Allocate the memory before it is needed: to lock 17 GB takes ten seconds, in a thread nobody waits for them."""
+        for name, tensor in tensors.items():
+            self._buffer(name, tensor)
+
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         found = self.buffers.get(name)
         if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
@@ -93,16 +98,19 @@ class Checkpoints:
         self._intact: set[Path] = set()
         sweep_temporaries(folder)
 
+    def prepare(self, model: Named, optimizer: Named) -> None:
+        """Let the writer's thread allocate what the first save will need."""
+        self.wait()
+        self._pending = self._writer.submit(self.snapshot.reserve, _labelled(model, optimizer))
+
     def save(self, state: TrainState, model: Named, optimizer: Named) -> None:
         """Copy the tensors to the host and let a thread write them. At most one save is under way: a second one waits for the first.
 
         Raises what the save before it raised.
         """
         self.wait()
-        copies = self.snapshot.take({f"{MODEL}/{name}": tensor for name, tensor in model.items()} | dict(optimizer))
-        split = {MODEL: {}, OPTIMIZER: {name: copies[name] for name in optimizer}}
-        split[MODEL] = {name: copies[f"{MODEL}/{name}"] for name in model}
-        self._pending = self._writer.submit(self._write, self._path(state.step), asdict(state), split)
+        copies = self.snapshot.take(_labelled(model, optimizer))
+        self._pending = self._writer.submit(self._write, self._path(state.step), asdict(state), copies)
 
     def check(self) -> None:
         """Raise the error of a save that has failed; costs nothing."""
@@ -119,8 +127,12 @@ class Checkpoints:
         """End the writer, whatever became of its work; `wait` before it to know."""
         self._writer.shutdown(wait=True)
 
-    def _write(self, path: Path, state: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> None:
+    def _write(self, path: Path, state: dict[str, Any], copies: dict[str, Tensor]) -> None:
         self.snapshot.arrived()
+        files: dict[str, dict[str, Tensor]] = {name: {} for name in FILES}
+        for label, tensor in copies.items():
+            file, name = label.split("/", 1)
+            files[file][name] = tensor
         with published(path) as aside:
             aside.mkdir()
             with ThreadPoolExecutor(len(files)) as pool:
@@ -147,18 +159,18 @@ class Checkpoints:
 
     def model_tensors(self, step: int) -> dict[str, Tensor]:
         """Read-only views of the file: copy them before they are changed."""
-        return self._tensors(step, MODEL)
+        return self._tensors(step, (MODEL,))
 
     def optimizer_tensors(self, step: int) -> dict[str, Tensor]:
         """As `model_tensors`."""
-        return self._tensors(step, OPTIMIZER)
+        return self._tensors(step, (OPTIMIZER, SQUARES))
 
-    def _tensors(self, step: int, name: str) -> dict[str, Tensor]:
+    def _tensors(self, step: int, names: tuple[str, ...]) -> dict[str, Tensor]:
         self.wait()
         path = self._path(step)
-        if path / name not in self._intact and (fault := self._fault([path], (name,))):
+        if not self._intact.issuperset(path / name for name in names) and (fault := self._fault([path], names)):
             raise InputError(f"checkpoint of step {step}: {fault}; run the stage again with --discard")
-        return load_file(path / name)
+        return {name: tensor for file in names for name, tensor in load_file(path / file).items()}
 
     def _fault(self, paths: Iterable[Path], names: Iterable[str] | None = None) -> str | None:
         """What is wrong with checkpoints, or with some of their files, in words; None if they are intact. Files are read side by side."""
@@ -185,3 +197,9 @@ class Checkpoints:
         for path in self._paths():
             if path not in kept:
                 remove(path)
+
+
+def _labelled(model: Named, optimizer: Named) -> dict[str, Tensor]:
+    """All tensors as {file/name: tensor}. The moments go into two files, so that three files of one size are read and checked at once."""
+    named = {f"{MODEL}/{name}": tensor for name, tensor in model.items()}
+    return named | {f"{SQUARES if name.endswith('.exp_avg_sq') else OPTIMIZER}/{name}": tensor for name, tensor in optimizer.items()}

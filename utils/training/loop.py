@@ -83,11 +83,14 @@ def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: Train
     """Steps from `state.step` to the last one. Each validation is followed by a checkpoint, and so is a request to stop."""
     progress = Progress(run.label, run.spec.steps, state.step, tokens_per_unit=run.tokens_per_step)
     began, earlier = time.monotonic(), state.seconds
+    first = state.step
     with closing(prefetched(run.train, run.spec.batch_size, range(state.step, run.spec.steps), run.device)) as batches:
         for ids in batches:
             rate = _rate(run, state.step)
             note = ""
             log.add(state.step, rate, stepper(ids, rate))
+            if state.step == first:  # from now on AdamW has its moments
+                checkpoints.prepare(run.model.state_dict(), stepper.tensors())
             state.step += 1
             last = state.step == run.spec.steps
             validating = last or state.step % run.spec.validate_every == 0

@@ -47,7 +47,7 @@ SHAPES = {
 }
 ARMS = ("baseline", "monotone", "softplus", "distilling", "plain", "trainer", "trainer compiled")
 RATE = 1e-4
-STUDY_SEQUENCES, STUDY_STEPS = 128 * 100, 100  # sequences between two checkpoints of configs/pythia-1.4b.yaml
+STUDY_SEQUENCES, STUDY_SAVES = 128 * 100, 8  # sequences between two checkpoints of configs/pythia-1.4b.yaml, and their number
 
 
 class Bench:
@@ -154,7 +154,8 @@ def measure(bench: Bench, arm: str) -> dict[str, Any]:
     release()
     torch._dynamo.reset()
     alternatives = {"plain": plain, "trainer": trainer, "trainer compiled": trainer}
-    seconds = alternatives.get(arm, engine)(bench, arm)
+    losses: list[Tensor] = []
+    seconds = alternatives.get(arm, engine)(bench, arm, losses)
     usual = statistics.median(seconds[3:])
     found = {
         "ms_per_step": 1e3 * usual,
@@ -164,22 +165,23 @@ def measure(bench: Bench, arm: str) -> dict[str, Any]:
         "flops_per_second_whole_square": bench.flops_per_token(whole_square=True) * bench.tokens / usual,
         "first_step_seconds": seconds[0],
         "steps": len(seconds) - 3,
+        "losses": torch.stack(losses).tolist() if losses else [],
     }
     if torch.cuda.is_available():
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found
 
 
-def engine(bench: Bench, arm: str) -> list[float]:
+def engine(bench: Bench, arm: str, losses: list[Tensor]) -> list[float]:
     run = bench.run(arm)
     with ready(run):
         stepper = Stepper(run)
         stepper.split(bench.shape["batch"], 0.0)
         with closing(prefetched(run.train, run.spec.batch_size, range(bench.steps), run.device)) as batches:
-            return list(_marks(lambda _: stepper(next(batches), RATE), bench.steps))
+            return list(_marks(lambda _: losses.append(stepper(next(batches), RATE)[1]), bench.steps))
 
 
-def plain(bench: Bench, arm: str) -> list[float]:
+def plain(bench: Bench, arm: str, losses: list[Tensor]) -> list[float]:
     """What one writes first: autocast, cross-entropy on all logits, fused AdamW, clipping."""
     model = bench.model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
@@ -189,6 +191,7 @@ def plain(bench: Bench, arm: str) -> list[float]:
         with autocast(bench.device, "bf16"):
             logits = model(ids[:, :-1], use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        losses.append(loss.detach())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -197,8 +200,8 @@ def plain(bench: Bench, arm: str) -> list[float]:
     return list(_marks(step, bench.steps))
 
 
-def trainer(bench: Bench, arm: str) -> list[float]:
-    """transformers' Trainer in bf16 with its normal settings and the fused AdamW, which is its default."""
+def trainer(bench: Bench, arm: str, losses: list[Tensor]) -> list[float]:
+    """transformers' Trainer in bf16 with its normal settings and the fused AdamW, which is its default. It keeps its losses to itself."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     marks: list[Any] = []
@@ -243,8 +246,8 @@ def trainer(bench: Bench, arm: str) -> list[float]:
     return [(b - a) if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
 
 
-def checkpointing(bench: Bench, usual: float) -> dict[str, Any]:
-    """What saves cost the steps around them, how long a thread then writes, and how long a new process takes to its first step."""
+def saving(bench: Bench, usual: float) -> dict[str, Any]:
+    """What saves cost the steps around them, and how long a thread then writes. Leaves a checkpoint and a start model behind."""
     run, found = bench.run("baseline"), {}
     with ready(run), closing(Checkpoints(run.state_folder, 1)) as checkpoints:
         stepper = Stepper(run, checkpoints.snapshot.before_update)
@@ -252,7 +255,14 @@ def checkpointing(bench: Bench, usual: float) -> dict[str, Any]:
         batches = [torch.from_numpy(bench.text.batch(number, bench.shape["batch"])).to(bench.device) for number in range(4)]
         for ids in batches:
             stepper(ids, RATE)
-        for number, turn in enumerate(("first", "second"), 1):  # the first save also allocates the locked memory
+        usual_alone = timed(lambda: stepper(batches[0], RATE))  # with the host waiting for each step, which costs a little
+        checkpoints.prepare(run.model.state_dict(), stepper.tensors())
+        steps = []
+        while not steps or not checkpoints.idle:
+            steps.append(timed(lambda: stepper(batches[0], RATE)))
+        found["locked memory, seconds until it is there"] = sum(steps)
+        found["locked memory, stall in seconds"] = sum(steps) - len(steps) * usual_alone
+        for number, turn in enumerate(("first", "second"), 1):
             sync()
             began = time.perf_counter()
             state = TrainState(step=number, micro_batch=bench.shape["batch"])
@@ -264,16 +274,29 @@ def checkpointing(bench: Bench, usual: float) -> dict[str, Any]:
             found[f"{turn} save, stall in seconds"] = time.perf_counter() - began - 8 * usual
             checkpoints.wait()
             found[f"{turn} save, seconds until it is on disk"] = time.perf_counter() - began
-            study = STUDY_SEQUENCES / bench.shape["batch"] * usual
-            found[f"{turn} save, stall as a share of the study's training time"] = found[f"{turn} save, stall in seconds"] / study
+        study = STUDY_SEQUENCES / bench.shape["batch"] * usual
+        stalls = found["locked memory, stall in seconds"] + STUDY_SAVES * found["second save, stall in seconds"]
+        found["stall as a share of the study's training time"] = stalls / (STUDY_SAVES * study)
     found["bytes"] = sum(file.stat().st_size for file in run.state_folder.rglob("*") if file.is_file())
     save_model(run.model, bench.folder / "start")
-    del stepper, run, checkpoints, batches
+    return found
+
+
+def resuming(bench: Bench) -> dict[str, Any]:
+    """How long a new process takes to its first step, from the checkpoint of `saving`."""
     release()
     command = [sys.executable, "-m", "tests.benchmarks.train_step", "--shape", bench.name, "--resume", str(bench.folder)]
     text = subprocess.run([*command, "--since", str(time.time())], check=True, stdout=subprocess.PIPE, text=True).stdout
     print(text, flush=True)
-    return found | json.loads(text.splitlines()[-1])
+    return json.loads(text.splitlines()[-1])
+
+
+def timed(act: Callable[[], Any]) -> float:
+    sync()
+    began = time.perf_counter()
+    act()
+    sync()
+    return time.perf_counter() - began
 
 
 class FirstStep(Stop):
@@ -353,8 +376,11 @@ def goals(results: dict[str, Any]) -> list[tuple[str, float, float, bool]]:
     found += [(f"{a} / {b}, step", step[a] / step[b], goal, True) for (a, b), goal in pairs.items() if a in step and b in step]
     if "trainer" in step and "baseline" in step:
         found.append(("tokens/s over Trainer's", step["trainer"] / step["baseline"], 1.2, False))
+    if "plain" in arms and "baseline" in arms:
+        pairs_of_losses = zip(arms["plain"]["losses"], arms["baseline"]["losses"], strict=True)
+        found.append(("loss, largest difference from plain's", max(abs(a - b) for a, b in pairs_of_losses), 0.01, True))
     if saving := results.get("checkpoint"):
-        found.append(("stall, share of training time", saving["first save, stall as a share of the study's training time"], 0.01, True))
+        found.append(("stall, share of training time", saving["stall as a share of the study's training time"], 0.01, True))
         found.append(("resume, seconds to first step", saving["resume, seconds to: first step done"], 30.0, True))
     return [(what, value, goal, value <= goal if at_most else value >= goal) for what, value, goal, at_most in found]
 
@@ -385,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(table(results).splitlines()[-1], flush=True)
         if options.checkpoint:
             usual = results["arms"].get("baseline", {"ms_per_step": 0.0})["ms_per_step"] / 1e3
-            results["checkpoint"] = checkpointing(bench, usual)
+            results["checkpoint"] = saving(bench, usual) | resuming(bench)
         results["cards"] = {f"{size} GB": fitting(bench, size) for size in options.cards}
     judged = goals(results)
     if options.out:

@@ -112,9 +112,14 @@ class Checkpoints:
         copies = self.snapshot.take(_labelled(model, optimizer))
         self._pending = self._writer.submit(self._write, self._path(state.step), asdict(state), copies)
 
+    @property
+    def idle(self) -> bool:
+        """Whether the writer's thread has nothing to do."""
+        return self._pending is None or self._pending.done()
+
     def check(self) -> None:
         """Raise the error of a save that has failed; costs nothing."""
-        if self._pending is not None and self._pending.done():
+        if self.idle:
             self.wait()
 
     def wait(self) -> None:

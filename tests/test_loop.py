@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
@@ -423,10 +424,13 @@ def test_compiled_blocks_give_the_same_losses(bench: Bench, tmp_path: Path, monk
     monkeypatch.setattr(head, "_fused", lambda: head._rows)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     train(bench.run())
-    other = Bench(bench.splits, tmp_path / "compiled")
-    run = other.run()
-    run.compiled = True
-    train(run)
+    other, asked = Bench(bench.splits, tmp_path / "compiled"), Stop()
+    asked.reason = "signal SIGUSR1"
+    for stop in (asked, None):
+        run = other.run(stop)
+        run.compiled = True
+        with suppress(StoppedInTime):
+            train(run)
     assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(tmp_path / "compiled" / "compiled")
     columns = ("loss", "cross_entropy", "divergence", "gradient_norm")
     found = [torch.tensor([[row[name] for name in columns] for row in each.rows()[0]]) for each in (bench, other)]

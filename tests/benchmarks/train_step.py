@@ -19,6 +19,7 @@ from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,9 +34,10 @@ from utils.models.constraints import Constraint, non_negative_start
 from utils.models.ffn import set_activation
 from utils.models.loading import as_teacher, autocast, load_model, save_model
 from utils.run.preemption import Stop
+from utils.training import loop
 from utils.training.batches import prefetched
 from utils.training.checkpoint import Checkpoints, TrainState
-from utils.training.loop import ready, train
+from utils.training.loop import ready
 from utils.training.memory import choose
 from utils.training.run import Run
 from utils.training.step import Stepper
@@ -56,7 +58,7 @@ class Bench:
     def __init__(self, shape: str, folder: Path, compile_: str, steps: int) -> None:
         self.name, self.shape, self.folder, self.steps = shape, SHAPES[shape], folder, steps
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.compiled = compiles(Compute(compile=compile_), self.device)
+        self.compile_, self.compiled = compile_, compiles(Compute.model_validate({"compile": compile_}), self.device)
         ids = np.random.default_rng(0).integers(0, self.shape["vocab"], 200 * self.shape["batch"] * self.shape["length"])
         ids.astype("<u2").tofile(folder / "tokens.bin")
         (folder / "index.json").write_text(json.dumps({"dtype": "<u2", "end_of_text": 0}))
@@ -255,14 +257,7 @@ def saving(bench: Bench, usual: float) -> dict[str, Any]:
         batches = [torch.from_numpy(bench.text.batch(number, bench.shape["batch"])).to(bench.device) for number in range(4)]
         for ids in batches:
             stepper(ids, RATE)
-        usual_alone = timed(lambda: stepper(batches[0], RATE))  # with the host waiting for each step, which costs a little
-        checkpoints.prepare(run.model.state_dict(), stepper.tensors())
-        steps = []
-        while not steps or not checkpoints.idle:
-            steps.append(timed(lambda: stepper(batches[0], RATE)))
-        found["locked memory, seconds until it is there"] = sum(steps)
-        found["locked memory, stall in seconds"] = sum(steps) - len(steps) * usual_alone
-        for number, turn in enumerate(("first", "second"), 1):
+        for number, turn in enumerate(("first", "second"), 1):  # the first save also allocates the locked memory
             sync()
             began = time.perf_counter()
             state = TrainState(step=number, micro_batch=bench.shape["batch"])
@@ -275,7 +270,7 @@ def saving(bench: Bench, usual: float) -> dict[str, Any]:
             checkpoints.wait()
             found[f"{turn} save, seconds until it is on disk"] = time.perf_counter() - began
         study = STUDY_SEQUENCES / bench.shape["batch"] * usual
-        stalls = found["locked memory, stall in seconds"] + STUDY_SAVES * found["second save, stall in seconds"]
+        stalls = found["first save, stall in seconds"] + (STUDY_SAVES - 1) * found["second save, stall in seconds"]
         found["stall as a share of the study's training time"] = stalls / (STUDY_SAVES * study)
     found["bytes"] = sum(file.stat().st_size for file in run.state_folder.rglob("*") if file.is_file())
     save_model(run.model, bench.folder / "start")
@@ -285,18 +280,12 @@ def saving(bench: Bench, usual: float) -> dict[str, Any]:
 def resuming(bench: Bench) -> dict[str, Any]:
     """How long a new process takes to its first step, from the checkpoint of `saving`."""
     release()
-    command = [sys.executable, "-m", "tests.benchmarks.train_step", "--shape", bench.name, "--resume", str(bench.folder)]
-    text = subprocess.run([*command, "--since", str(time.time())], check=True, stdout=subprocess.PIPE, text=True).stdout
+    command = [sys.executable, "-m", "tests.benchmarks.train_step", "--shape", bench.name, "--compile", bench.compile_]
+    text = subprocess.run(
+        [*command, "--resume", str(bench.folder), "--since", str(time.time())], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     print(text, flush=True)
     return json.loads(text.splitlines()[-1])
-
-
-def timed(act: Callable[[], Any]) -> float:
-    sync()
-    began = time.perf_counter()
-    act()
-    sync()
-    return time.perf_counter() - began
 
 
 class FirstStep(Stop):
@@ -309,16 +298,36 @@ class FirstStep(Stop):
 
 def resume(bench: Bench, since: float) -> None:
     """In a process of its own: from nothing to the end of the first step, by the loop that trains."""
-    marks = {"libraries loaded": time.time() - since}
+    marks = {}
+
+    def mark(what: str) -> None:
+        sync()
+        marks[f"resume, seconds to: {what}"] = time.time() - since
+
+    class Marked(Checkpoints):
+        def newest(self) -> TrainState | None:
+            found = super().newest()
+            marks["resume, seconds to: checksums taken"] = time.time() - since
+            return found
+
+        def model_tensors(self, step: int) -> dict[str, Tensor]:
+            mark("blocks compiled")
+            return super().model_tensors(step)
+
+    class Restored(Stepper):
+        def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+            super().restore(tensors, updates)
+            mark("state on the device")
+
+    mark("libraries loaded")
     run = bench.run("baseline")
     run.model = load_model(bench.folder / "start", bench.device)
     run.stop = FirstStep()
-    sync()
-    marks["start model loaded"] = time.time() - since
-    with suppress(KeyboardInterrupt):
-        train(run)
-    marks["first step done"] = time.time() - since
-    print(json.dumps({f"resume, seconds to: {what}": seconds for what, seconds in marks.items()}))
+    mark("start model loaded")
+    with suppress(KeyboardInterrupt), mock.patch.multiple(loop, Checkpoints=Marked, Stepper=Restored):
+        loop.train(run)
+    mark("first step done")
+    print(json.dumps(marks))
 
 
 def fitting(bench: Bench, gigabytes: int) -> dict[str, Any]:

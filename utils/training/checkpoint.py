@@ -61,11 +61,6 @@ class Snapshot:
             self.copied = self.stream.record_event()
         return copies
 
-    def reserve(self, tensors: Named) -> None:
-        """Allocate the memory before it is needed: to lock 17 GB takes ten seconds, in a thread nobody waits for them."""
-        for name, tensor in tensors.items():
-            self._buffer(name, tensor)
-
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         found = self.buffers.get(name)
         if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
@@ -98,11 +93,6 @@ class Checkpoints:
         self._intact: set[Path] = set()
         sweep_temporaries(folder)
 
-    def prepare(self, model: Named, optimizer: Named) -> None:
-        """Let the writer's thread allocate what the first save will need."""
-        self.wait()
-        self._pending = self._writer.submit(self.snapshot.reserve, _labelled(model, optimizer))
-
     def save(self, state: TrainState, model: Named, optimizer: Named) -> None:
         """Copy the tensors to the host and let a thread write them. At most one save is under way: a second one waits for the first.
 
@@ -112,14 +102,9 @@ class Checkpoints:
         copies = self.snapshot.take(_labelled(model, optimizer))
         self._pending = self._writer.submit(self._write, self._path(state.step), asdict(state), copies)
 
-    @property
-    def idle(self) -> bool:
-        """Whether the writer's thread has nothing to do."""
-        return self._pending is None or self._pending.done()
-
     def check(self) -> None:
         """Raise the error of a save that has failed; costs nothing."""
-        if self.idle:
+        if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
@@ -161,6 +146,13 @@ class Checkpoints:
             print(f"  checkpoint {path.name} is damaged and passed over: {fault}")
             remove(path)
         return None
+
+    def glimpse(self) -> TrainState | None:
+        """What the newest checkpoint says of itself, without reading its tensors; None if there is none that can be read."""
+        try:
+            return TrainState(**read_json(self._paths()[-1] / "state.json"))
+        except (IndexError, InputError, TypeError):
+            return None
 
     def model_tensors(self, step: int) -> dict[str, Tensor]:
         """Read-only views of the file: copy them before they are changed."""

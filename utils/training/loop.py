@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
 import torch
@@ -66,7 +67,7 @@ def ready(run: Run) -> Iterator[None]:
 
 def _resume(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState:
     """Put everything into the state of the newest checkpoint; without one, choose how a step is split."""
-    state = checkpoints.newest()
+    state = _newest(run, stepper, checkpoints)
     if state is None:
         micro_batch, recompute = memory.choose(run, stepper)
         state = TrainState(micro_batch=micro_batch, recompute=recompute)
@@ -79,18 +80,26 @@ def _resume(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState:
     return state
 
 
+def _newest(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState | None:
+    """The newest intact checkpoint; blocks are compiled while threads take the checksums."""
+    likely = checkpoints.glimpse()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(checkpoints.newest)
+        if run.compiled and likely is not None and likely.step < run.spec.steps:
+            stepper.split(likely.micro_batch, likely.recompute)
+            stepper.warm_up(torch.from_numpy(run.train.batch(likely.step, likely.micro_batch)).to(run.device))
+        return found.result()
+
+
 def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: TrainState, log: MetricsLog) -> None:
     """Steps from `state.step` to the last one. Each validation is followed by a checkpoint, and so is a request to stop."""
     progress = Progress(run.label, run.spec.steps, state.step, tokens_per_unit=run.tokens_per_step)
     began, earlier = time.monotonic(), state.seconds
-    first = state.step
     with closing(prefetched(run.train, run.spec.batch_size, range(state.step, run.spec.steps), run.device)) as batches:
         for ids in batches:
             rate = _rate(run, state.step)
             note = ""
             log.add(state.step, rate, stepper(ids, rate))
-            if state.step == first:  # from now on AdamW has its moments
-                checkpoints.prepare(run.model.state_dict(), stepper.tensors())
             state.step += 1
             last = state.step == run.spec.steps
             validating = last or state.step % run.spec.validate_every == 0

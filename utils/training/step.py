@@ -58,6 +58,11 @@ class Stepper:
         (loss / run.tokens_per_step).backward()
         return torch.cat([loss.detach().reshape(1), parts])
 
+    def warm_up(self, ids: Tensor) -> None:
+        """Have a micro-batch's code compiled; changes nothing."""
+        self.gradients(ids)
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _update(self, norm: Tensor, verdict: Tensor, rate: float) -> None:
         """AdamW on the clipped gradient. The fused kernel itself divides by the scale, and changes nothing if the flag is set."""
         good = verdict[0] == GOOD

@@ -37,6 +37,9 @@ class Compute(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU where there is one")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="format of matrix products (autocast); never of the stored weights")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="compile the transformer blocks for training; auto does so on a GPU. The first step then takes up to a minute"
+    )
     threads: Count = Field(0, description="CPU threads; 0 takes all cores. Bitwise repeatability on a CPU needs a constant number")
 
 
@@ -173,7 +176,16 @@ class Training(Section):
 
     steps: Positive = Field(description="optimiser steps")
     batch_size: Positive = Field(description="sequences a step")
-    micro_batch: Positive = Field(description="sequences a forward pass; divides batch_size")
+    micro_batch: Positive | Literal["auto"] = Field(
+        "auto",
+        description="sequences a forward pass; divides batch_size. auto: on a GPU as many as fit in its memory (measured at the start), "
+        "on a CPU as many as have 2048 tokens together",
+    )
+    recompute: Share | Literal["auto"] = Field(
+        "auto",
+        description="share of the blocks whose activations are computed again in the backward pass: less memory, up to a third more "
+        "time. auto: none where the step fits without, else as few as needed",
+    )
     warmup_share: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
     final_share: Share = Field(0.1, description="learning rate at the end of the cosine, as a share of the peak")
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.01, description="decoupled; on unconstrained matrices only")
@@ -182,10 +194,16 @@ class Training(Section):
     distillation: Share = Field(0.5, description="weight of KL(base || model) in the loss; the rest is cross-entropy")
     validate_every: Positive = Field(description="steps between validations; each one also saves")
     keep_last: Positive = Field(2, description="complete checkpoints kept beside the best one")
+    max_loss_rise: Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description="nats per token. A step whose loss is so far above the median of the last 64 good ones is skipped (judged from the "
+        "20th on); a validation loss so far above the best ends the run",
+    )
+    max_bad_steps: Positive = Field(10, description="steps skipped in a row (loss not finite, or a spike) that end the run")
 
     @model_validator(mode="after")
     def _check(self) -> Training:
-        if self.batch_size % self.micro_batch:
+        if self.micro_batch != "auto" and self.batch_size % self.micro_batch:
             raise ValueError(f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}")
         return self
 

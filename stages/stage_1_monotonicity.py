@@ -30,7 +30,7 @@ STAGE = Stage(
         "converted_certificate": "certificate.json",
         "application_log": "monotonicity_application_log.json",
     },
-    config_keys=("monotone", "data.sequence_length", "compute", "training.micro_batch", "model.name"),
+    config_keys=("monotone", "data.sequence_length", "compute", "evaluate.batch_size", "model.name"),
     run=run,
 )
 

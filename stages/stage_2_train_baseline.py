@@ -33,6 +33,7 @@ STAGE = Stage(
         "baseline_history": "baseline_training_history.json",
     },
     config_keys=("training", "baseline", "data.sequence_length", "compute"),
+    version=2,
     run=run,
 )
 

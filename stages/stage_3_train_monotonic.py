@@ -35,6 +35,7 @@ STAGE = Stage(
         "monotonic_certificate": "certificate.json",
     },
     config_keys=("training", "monotonic", "monotone", "data.sequence_length", "compute"),
+    version=2,
     run=run,
 )
 

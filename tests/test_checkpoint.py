@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import wait
+from contextlib import closing, nullcontext
 from pathlib import Path
+from threading import Event, Timer
+from threading import enumerate as enumerate_threads
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +15,15 @@ from torch import Tensor
 
 from utils.run.errors import InputError
 from utils.training import checkpoint
-from utils.training.checkpoint import Checkpoints, TrainState
+from utils.training.checkpoint import Checkpoints, Snapshot, TrainState
 
 
 def tensors(step: int) -> dict[str, Tensor]:
     return {"weight": torch.full((3, 2), float(step)), "bias": torch.arange(4.0) + step}
+
+
+def moments(step: int) -> dict[str, Tensor]:
+    return {"weight.exp_avg": torch.full((3, 2), -float(step)), "weight.exp_avg_sq": torch.full((3, 2), 2.0 * step)}
 
 
 def saved(folder: Path, steps: dict[int, int], keep_last: int = 9) -> Checkpoints:
@@ -22,7 +31,8 @@ def saved(folder: Path, steps: dict[int, int], keep_last: int = 9) -> Checkpoint
     checkpoints = Checkpoints(folder, keep_last)
     for step, best in steps.items():
         state = TrainState(step=step, metrics_bytes=10 * step, best_step=best, best_nll=1 / (1 + best), seconds=0.5, resumed_at=[1])
-        checkpoints.save(state, tensors(step), {"weight.exp_avg": torch.full((3, 2), -float(step))})
+        checkpoints.save(state, tensors(step), moments(step))
+    checkpoints.wait()
     return checkpoints
 
 
@@ -39,10 +49,24 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     state = checkpoints.newest()
     assert state == TrainState(step=8, metrics_bytes=80, best_step=4, best_nll=0.2, seconds=0.5, resumed_at=[1])
     assert all(torch.equal(tensor, tensors(8)[name]) for name, tensor in checkpoints.model_tensors(8).items())
-    assert torch.equal(checkpoints.optimizer_tensors(4)["weight.exp_avg"], torch.full((3, 2), -4.0))
+    assert all(torch.equal(tensor, moments(4)[name]) for name, tensor in checkpoints.optimizer_tensors(4).items())
+    assert checkpoints.optimizer_tensors(4).keys() == moments(4).keys()
 
 
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+def test_a_glimpse_is_not_a_check(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 9)
+    assert checkpoints.glimpse() is None
+    saved(tmp_path, {4: 4, 8: 4})
+    (tmp_path / "step_00000008" / "model.safetensors").unlink()
+    likely = checkpoints.glimpse()
+    assert likely is not None
+    assert likely.step == 8
+    for text in ("{", '{"unknown": 1}'):
+        (tmp_path / "step_00000008" / "state.json").write_text(text)
+        assert checkpoints.glimpse() is None
+
+
+FILES = (*checkpoint.FILES, "state.json", "manifest.json")
 
 
 @pytest.mark.parametrize("how", ["deleted", "truncated", "one bit"])
@@ -102,10 +126,150 @@ def test_a_save_that_fails_half_way_leaves_no_trace(tmp_path: Path, monkeypatch:
         if path.name == "optimizer.safetensors":
             raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    checkpoints.save(TrainState(step=8), tensors(8), {})
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.save(TrainState(step=8), tensors(8), {})
+        checkpoints.wait()
     assert names(tmp_path) == ["step_00000004"]
+    checkpoints.wait()  # an error is raised once
+
+
+class Slow:
+    """Stands for the file writer: writes when it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.begun = Event(), Event()
+        self.real = checkpoint.write_tensors
+        monkeypatch.setattr(checkpoint, "write_tensors", self)
+
+    def __call__(self, values: dict[str, Tensor], path: Path) -> dict[str, Any]:
+        self.begun.set()
+        assert self.go.wait(10)
+        return self.real(values, path)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`save` returns at once, and what is written are the values of its time, not those that training made since."""
+    slow, checkpoints, weights = Slow(monkeypatch), Checkpoints(tmp_path, 2), tensors(1)
+    state = TrainState(step=1)
+    checkpoints.save(state, weights, {"weight.exp_avg": weights["weight"]})
+    assert slow.begun.wait(10)
+    weights["weight"].fill_(99.0)
+    state.metrics_bytes = 99
+    checkpoints.check()
+    assert not (tmp_path / "step_00000001").exists()
+    slow.go.set()
+    found = checkpoints.newest()  # waits
+    assert found == TrainState(step=1)
+    assert torch.equal(checkpoints.model_tensors(1)["weight"], tensors(1)["weight"])
+    assert torch.equal(checkpoints.optimizer_tensors(1)["weight.exp_avg"], tensors(1)["weight"])
+
+
+def test_one_save_is_under_way_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers are the same: a second save must not fill them while the first is written."""
+    slow, checkpoints = Slow(monkeypatch), Checkpoints(tmp_path, 9)
+    checkpoints.save(TrainState(step=1), tensors(1), {})
+    Timer(0.05, slow.go.set).start()
+    checkpoints.save(TrainState(step=2), tensors(2), {})
+    assert (tmp_path / "step_00000001").exists()
+    checkpoints.wait()
+    for step in (1, 2):
+        assert torch.equal(checkpoints.model_tensors(step)["weight"], tensors(step)["weight"])
+
+
+@pytest.mark.parametrize("how", ["check", "wait", "save", "newest", "model_tensors"])
+def test_an_error_of_the_writer_is_raised_by_whatever_comes_next(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = saved(tmp_path, {4: 4})
+
+    def fail(values: dict[str, Tensor], path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "write_tensors", fail)
+    checkpoints.save(TrainState(step=8), tensors(8), {})
+    wait([checkpoints._pending])
+    arguments = {"save": (TrainState(step=9), tensors(9), {}), "model_tensors": (4,)}
+    with pytest.raises(OSError, match="No space left"):
+        getattr(checkpoints, how)(*arguments.get(how, ()))
+
+
+def test_closing_waits_for_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, before = Slow(monkeypatch), set(enumerate_threads())
+    with closing(Checkpoints(tmp_path, 2)) as checkpoints:
+        checkpoints.save(TrainState(step=1), tensors(1), {})
+        assert set(enumerate_threads()) > before
+        slow.go.set()
+    assert names(tmp_path) == ["step_00000001"]
+    assert set(enumerate_threads()) <= before
+
+
+def test_files_are_read_for_their_checksums_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, {2: 2, 4: 2})
+    read: list[Path] = []
+    real = checkpoint.damage
+    monkeypatch.setattr(checkpoint, "damage", lambda path, facts: read.append(path) or real(path, facts))
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.newest()
+    checkpoints.model_tensors(4)
+    checkpoints.optimizer_tensors(4)
+    checkpoints.model_tensors(2)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in read) == sorted(
+        [*(f"step_00000004/{name}" for name in FILES[:4]), "step_00000002/model.safetensors", "step_00000002/state.json"]
+    )
+
+
+class FakeStream:
+    """Notes who waits for whom."""
+
+    def __init__(self, name: str, said: list[str]) -> None:
+        self.name, self.said = name, said
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.said.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: FakeStream) -> None:
+        self.said.append(f"{self.name} waits for {event.name}")
+
+    def record_event(self) -> FakeStream:
+        return FakeStream(f"copies of {self.name}", self.said)
+
+    def synchronize(self) -> None:
+        self.said.append(f"host waits for {self.name}")
+
+
+def test_on_a_gpu_the_copy_waits_for_the_past_and_the_update_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    main = FakeStream("main", said)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    snapshot = Snapshot()
+    snapshot.before_update()
+    snapshot.arrived()
+    assert said == []
+    snapshot.stream = FakeStream("side", said)  # type: ignore[assignment]
+    snapshot.take(tensors(1))
+    snapshot.before_update()
+    snapshot.arrived()
+    assert said == ["side waits for main", "main waits for copies of side", "host waits for copies of side"]
+
+
+def test_buffers_are_kept_and_replaced_only_for_another_shape() -> None:
+    snapshot = Snapshot()
+    first = snapshot.take(tensors(1))["weight"]
+    assert snapshot.take(tensors(2))["weight"] is first
+    assert float(first[0, 0]) == 2.0
+    assert snapshot.take({"weight": torch.ones(5)})["weight"].shape == (5,)
+
+
+def test_without_locked_memory_a_plain_buffer_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.empty
+
+    def limited(*given: Any, **more: Any) -> Tensor:
+        if "pin_memory" in more:
+            raise RuntimeError("CUDA error: out of memory")
+        return real(*given, **more)
+
+    monkeypatch.setattr(torch, "empty", limited)
+    assert torch.equal(Snapshot().take({"weight": torch.ones(5)})["weight"], torch.ones(5))
 
 
 def test_only_the_last_and_the_best_are_kept(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,14 +18,15 @@ from utils.models.constraints import Constraint, non_negative_start
 from utils.models.convert import convert
 from utils.models.ffn import feed_forward
 from utils.models.loading import (
+    as_teacher,
     autocast,
     compute_dtype,
     device_of,
     fetch_pretrained,
     load_model,
     plain_state,
+    product_dtype,
     save_model,
-    save_tensors,
     scratch_model,
 )
 from utils.run.artifacts import published
@@ -54,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 def rewrite(folder: Path, **changed: Tensor | None) -> None:
     """Replace tensors of the stored weights (None leaves one out)."""
     state = load_file(folder / "model.safetensors") | changed
-    save_tensors({name: tensor for name, tensor in state.items() if tensor is not None}, folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -166,15 +167,20 @@ def test_a_local_folder_is_a_published_model(folder: Path) -> None:
 
 def test_a_writer_error_is_the_operating_system_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, published(tmp_path / "model") as aside:
-        save_tensors({"a": torch.ones(2)}, aside / "missing" / "a.safetensors")
+        save_file({"a": torch.ones(2)}, aside / "missing" / "a.safetensors")
     assert caught.value.filename == str(tmp_path / "model")
 
 
-def test_tied_tensors_are_written_under_both_names(tmp_path: Path) -> None:
-    tied = torch.arange(4.0)
-    save_tensors({"a": tied, "b": tied, "c": torch.ones(2)}, tmp_path / "a.safetensors")
-    stored = load_file(tmp_path / "a.safetensors")
-    assert stored.keys() == {"a", "b", "c"} and torch.equal(stored["b"], tied)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_teacher_computes_what_autocast_computes(precision: str, tied: bool) -> None:
+    """Its linear maps are stored in the format of the products, everything else in fp32: not a bit differs."""
+    model, teacher = small_model(tied=tied), as_teacher(small_model(tied=tied), precision)
+    with torch.no_grad(), autocast(model.device, precision):
+        assert torch.equal(model(IDS).logits, teacher(IDS).logits)
+    assert teacher.gpt_neox.layers[0].mlp.dense_h_to_4h.weight.dtype == product_dtype(precision)
+    assert teacher.get_input_embeddings().weight.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_an_untrained_model_depends_on_its_seed_alone(tiny: Experiment) -> None:

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
 from configs.schema import Monotone, Training
 from tests.tiny_models import random_model, slow_nll, write_tokens
 from utils.data.tokens import PackedBatches, Tokens
+from utils.models import head
+from utils.models.blocks import blocks
 from utils.models.constraints import Constraint
 from utils.run.errors import InputError, StoppedInTime, WorkFailed
 from utils.run.preemption import Stop
-from utils.training import loop
+from utils.training import checkpoint, guard, loop, memory, step
 from utils.training.checkpoint import Checkpoints, TrainState
-from utils.training.loop import MetricsLog, Run, read_metrics, train
+from utils.training.loop import train
+from utils.training.metrics import MetricsLog, read_metrics
+from utils.training.run import Run
 
 LENGTH = 8
 ARMS = ("baseline", "projected", "softplus")
@@ -117,26 +124,26 @@ def test_stopped_after_every_step(bench: Bench, straight: dict[str, Outcome], ar
     bench.arm = arm
     asked = Stop()
     asked.reason = "signal SIGUSR1"
-    for step in range(1, 7):
-        with pytest.raises(StoppedInTime, match=f"signal SIGUSR1, step {step} of 7"):
+    for done in range(1, 7):
+        with pytest.raises(StoppedInTime, match=f"signal SIGUSR1, step {done} of 7"):
             train(bench.run(asked))
     state, checkpoints = train(bench.run(asked))
     assert state.resumed_at == [1, 2, 3, 4, 5, 6]
     assert_same(outcome(state, checkpoints, bench), straight[arm])
 
 
-@pytest.mark.parametrize("step", range(1, 8))
-def test_killed_in_any_step(bench: Bench, straight: dict[str, Outcome], step: int) -> None:
+@pytest.mark.parametrize("killed", range(1, 8))
+def test_killed_in_any_step(bench: Bench, straight: dict[str, Outcome], killed: int) -> None:
     """Steps since the last checkpoint are done again, and their rows in the log are not there twice."""
 
     def die(count: int) -> None:
-        if count == step:
+        if count == killed:
             raise Killed
 
     with pytest.raises(Killed):
         train(bench.run(Each(die)))
     state, checkpoints = train(bench.run())
-    assert state.resumed_at == ([] if step <= 3 else [3 * ((step - 1) // 3)])
+    assert state.resumed_at == ([] if killed <= 3 else [3 * ((killed - 1) // 3)])
     assert_same(outcome(state, checkpoints, bench), straight["projected"])
 
 
@@ -158,7 +165,7 @@ def test_killed_in_the_last_validation(bench: Bench, straight: dict[str, Outcome
     assert_same(outcome(state, checkpoints, bench), straight["projected"])
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("file", [*checkpoint.FILES, "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["deleted", "truncated"])
 def test_killed_while_the_newest_checkpoint_was_written(
     bench: Bench, straight: dict[str, Outcome], file: str, how: str, capsys: pytest.CaptureFixture[str]
@@ -193,7 +200,7 @@ def test_a_finished_run_is_not_trained_again(bench: Bench, straight: dict[str, O
 
 def test_the_best_is_kept_beside_the_last(bench: Bench) -> None:
     """With a rate that ruins the model after its first validation, the best is the oldest."""
-    state, checkpoints = train(bench.run(rate=0.9, steps=12, validate_every=1, keep_last=1, warmup_share=1.0))
+    state, checkpoints = train(bench.run(rate=0.9, steps=12, validate_every=1, keep_last=1, warmup_share=1.0, max_loss_rise=99.0))
     losses = [row["validation_nll"] for row in bench.rows()[1]]
     assert state.best_step == 1 + losses.index(min(losses)) < 12
     assert state.best_nll == min(losses)
@@ -287,26 +294,148 @@ def test_losses_that_wait_are_written_in_order(bench: Bench, monkeypatch: pytest
     assert [row["step"] for row in validations] == [7]
 
 
-def test_a_diverged_loss_names_its_step(bench: Bench) -> None:
-    """Four steps are good; the checkpoint before the damage stays, and nothing is saved after it."""
+def poisoned(monkeypatch: pytest.MonkeyPatch, bad: dict[int, float]) -> None:
+    """In the steps of `bad` (0-based) one gradient and the loss are raised by the given number (NaN, infinity, or a spike)."""
+    real = step.Stepper.gradients
+
+    def gradients(self: step.Stepper, ids: Tensor) -> Tensor:
+        found = real(self, ids)
+        for number, rise in bad.items():
+            if torch.equal(ids[0], torch.from_numpy(self.run.train.batch(number, self.run.spec.batch_size))[0]):
+                self.parameters[0].grad[0, 0] += rise
+                found = found + rise * self.run.tokens_per_step
+        return found
+
+    monkeypatch.setattr(step.Stepper, "gradients", gradients)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
+    """Weights and moments are those of before, it is counted, and the run goes on."""
+    poisoned(monkeypatch, {3: bad})
+    state, checkpoints = train(bench.run(validate_every=1, keep_last=9))
+    for read in (checkpoints.model_tensors, checkpoints.optimizer_tensors):
+        before, after, later = read(3), read(4), read(5)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert any(not torch.equal(after[name], later[name]) for name in after)
+    assert (state.skipped, state.bad_in_a_row) == (1, 0)
+    rows = bench.rows()[0]
+    assert [row.get("skipped") for row in rows] == [None, None, None, "not finite", None, None, None]
+    assert rows[3]["loss"] is None
+    assert "NaN" not in (bench.folder / "metrics.jsonl").read_text()
+
+
+def test_a_run_with_skipped_steps_resumes_to_the_same_bits(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW counts updates, not steps, and the guard's memory is part of the state."""
+    monkeypatch.setattr(guard, "JUDGED_FROM", 2)
+    poisoned(monkeypatch, {1: math.nan, 4: 50.0})
+    expected = outcome(*train(bench.run()), bench)
+    again, asked = Bench(bench.splits, tmp_path / "again"), Stop()
+    asked.reason = "signal SIGUSR1"
+    for _ in range(6):
+        with pytest.raises(StoppedInTime):
+            train(again.run(asked))
+    state, checkpoints = train(again.run(asked))
+    assert state.skipped == 2
+    assert [row.get("skipped") for row in again.rows()[0]] == [None, "not finite", None, None, "spike", None, None]
+    assert_same(outcome(state, checkpoints, again), expected)
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps are skipped and forgiven, three are not; the last good state is kept."""
+    poisoned(monkeypatch, {0: math.nan, 1: math.nan, 4: math.nan, 5: math.nan, 6: math.nan})
+    run = bench.run(max_bad_steps=3)
+    message = r"^step 7: loss nan, gradient norm nan: the last of 3 skipped steps in a row \(not.*Lower the learning rate \(now 0\.0\d+\)"
+    with pytest.raises(WorkFailed, match=message):
+        train(run)
+    state = Checkpoints(run.state_folder, 2).newest()
+    assert state is not None
+    assert (state.step, state.skipped, state.bad_in_a_row) == (6, 4, 2)
+    kept = Checkpoints(run.state_folder, 2).model_tensors(6)
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+
+
+def test_ruined_weights_end_the_run_at_the_validation(bench: Bench) -> None:
+    """The checkpoint before the damage stays, and nothing is saved after it."""
 
     def ruin(count: int) -> None:
         if count == 4:
             run.model.get_output_embeddings().weight.data[0, 0] = math.nan
 
     run = bench.run(Each(ruin))
-    with pytest.raises(WorkFailed, match=r"^step 5: loss nan, gradient norm nan; lower the learning rate \(now 0\.0\d+\) and run with"):
+    with pytest.raises(WorkFailed, match=r"^step 6: the validation loss is nan \(best so far: \d"):
         train(run)
     state = Checkpoints(run.state_folder, 2).newest()
     assert state is not None
     assert state.step == 3
-    assert "NaN" not in (bench.folder / "metrics.jsonl").read_text()
+    assert [row["loss"] for row in bench.rows()[0]][4:] == [None, None]
 
 
 def test_a_diverged_validation_names_its_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 3.9, 4.1])
+    monkeypatch.setattr(loop, "mean_nll", lambda *arguments: next(losses))
+    message = r"^step 3: the validation loss is 4.1 \(best so far: 3.0, at step 1\); lower the learning rate \(now 0\.03\), or raise"
+    with pytest.raises(WorkFailed, match=message):
+        train(bench.run(validate_every=1))
     monkeypatch.setattr(loop, "mean_nll", lambda *arguments: math.inf)
-    with pytest.raises(WorkFailed, match=r"^step 3: the validation loss is inf; lower the learning rate \(now 0\.03\)"):
+    with pytest.raises(WorkFailed, match="the validation loss is inf"):
+        train(bench.run(validate_every=1))
+
+
+def test_out_of_memory_says_what_to_change(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: step.Stepper, ids: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr(step.Stepper, "gradients", full)
+    message = r"micro-batches of 2 and 0% of.*training.micro_batch=auto.*batch_size=4.*recompute=1.0.*Tried to allocate 2.00 GiB.\)$"
+    with pytest.raises(WorkFailed, match=message):
         train(bench.run())
+
+
+def test_an_error_of_the_checkpoint_writer_ends_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(values: dict[str, Tensor], path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "write_tensors", fail)
+    with pytest.raises(OSError, match="No space left"):
+        train(bench.run())
+    assert not list((bench.folder / "checkpoints").iterdir())
+
+
+def test_the_split_is_chosen_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run takes the split of its first start, on whatever device it finds itself: it belongs to the sums' rounding."""
+    asked = Stop()
+    asked.reason = "signal SIGUSR1"
+    with pytest.raises(StoppedInTime):
+        train(bench.run(asked, micro_batch="auto", recompute=1.0))
+    monkeypatch.setattr(memory, "CPU_TOKENS", 2 * LENGTH)
+    state, _ = train(bench.run(micro_batch="auto", recompute=1.0))
+    assert (state.micro_batch, state.recompute) == (4, 1.0)
+
+
+def test_recomputed_blocks_change_no_bit(bench: Bench, straight: dict[str, Outcome]) -> None:
+    assert_same(outcome(*train(bench.run(recompute=0.5)), bench), straight["projected"])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at it itself
+def test_compiled_blocks_give_the_same_losses(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without code generation, which takes longer than this test may; on a GPU tests/benchmarks/train_step.py does it."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(head, "_fused", lambda: head._rows)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    train(bench.run())
+    other, asked = Bench(bench.splits, tmp_path / "compiled"), Stop()
+    asked.reason = "signal SIGUSR1"
+    for stop in (asked, None):
+        run = other.run(stop)
+        run.compiled = True
+        with suppress(StoppedInTime):
+            train(run)
+    assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(tmp_path / "compiled" / "compiled")
+    columns = ("loss", "cross_entropy", "divergence", "gradient_norm")
+    found = [torch.tensor([[row[name] for name in columns] for row in each.rows()[0]]) for each in (bench, other)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert all(block._compiled_call_impl is None for block in blocks(run.model))
 
 
 def test_a_cut_metrics_file_is_refused(bench: Bench) -> None:
@@ -325,7 +454,7 @@ def test_the_log_is_strict_json(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "new" / "metrics.jsonl", 0)
     with pytest.raises(ValueError, match="Out of range float"):
         log.write({"validation_nll": math.inf})
-    assert log.flush(8) == ""
+    assert log.flush(8, TrainState(), 1) == ""
     log.write({"step": 1, "validation_nll": 2.0})
     assert log.sync() == len(json.dumps({"step": 1, "validation_nll": 2.0})) + 1
     log.close()

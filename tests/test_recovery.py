@@ -115,7 +115,7 @@ def test_history_has_the_reference_fields_and_consistent_numbers(config: Experim
 
 def test_stored_models_are_the_best_and_the_last(config: Experiment, stored: Path, tmp_path: Path) -> None:
     """A rate that rises until it ruins the model: the best is not the last."""
-    ruinous = config.model_copy(update={"training": config.training.model_copy(update={"warmup_share": 1.0})})
+    ruinous = config.model_copy(update={"training": config.training.model_copy(update={"warmup_share": 1.0, "max_loss_rise": 99.0})})
     paths = files(stored, tmp_path)
     history = recovered(ruinous, None, paths, rate=0.9)
     assert history["best_step"] < 5

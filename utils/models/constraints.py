@@ -32,8 +32,10 @@ class Constraint:
         self.spec = spec
         self.linears = constrained_weights(model, spec.scope)
         if spec.parametrisation == "softplus":
-            for linear in self.linears.values():
+            linears = list(self.linears.values())
+            for linear in linears:
                 parametrize.register_parametrization(linear, "weight", Softplus())
+                linear.__class__ = linears[0].__class__  # PyTorch makes a class for each, and compiled code is specific to a class
 
     @property
     def parameters(self) -> list[Tensor]:

@@ -108,7 +108,7 @@ def convert_stored(
         "max_weight": max(float(linear.weight.detach().max()) for linear in constrained_weights(model, spec.scope).values()),
         "all_weights_non_negative": certificate["constraint_holds"],
         "ffn_monotone": certificate["ffn_monotone"],
-        "validation_nll_before": mean_nll(original, held_out, config.training.micro_batch, config.compute.precision),
-        "validation_nll_after": mean_nll(model, held_out, config.training.micro_batch, config.compute.precision),
+        "validation_nll_before": mean_nll(original, held_out, config.evaluate.batch_size, config.compute.precision),
+        "validation_nll_after": mean_nll(model, held_out, config.evaluate.batch_size, config.compute.precision),
     }
     return log | changes, certificate

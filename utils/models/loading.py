@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
@@ -39,9 +38,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def product_dtype(precision: str) -> torch.dtype:
+    """The format that matrix products run in."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def compute_dtype(compute: Compute) -> torch.dtype:
     """The format that matrix products run in, hence the one that a certificate must hold in."""
-    return torch.bfloat16 if compute.precision == "bf16" else torch.float32
+    return product_dtype(compute.precision)
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -51,6 +55,15 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
     except UNREADABLE as error:
         raise InputError(f"{folder}: expected a model folder with config.json and safetensors weights: {error}") from None
     return model.to(device).eval()
+
+
+def as_teacher(model: PreTrainedModel, precision: str) -> PreTrainedModel:
+    """A model to learn from: without gradients, its linear maps stored in the format that autocast would cast them to at every use."""
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:
+            module.to(product_dtype(precision))
+    return model.requires_grad_(False)
 
 
 def _read(source: Path | str, **options: Any) -> PreTrainedModel:
@@ -76,13 +89,6 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
         if parametrize.is_parametrized(module, "weight"):
             state[f"{name}.weight"] = module.weight.detach()
     return state
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write named tensors to one safetensors file; tied ones are written once for each name."""
-    first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
-    tensors = {name: tensor if first[tensor.data_ptr()] == name else tensor.clone() for name, tensor in tensors.items()}
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def scratch_model(shape: Scratch, end_of_text: int) -> PreTrainedModel:

@@ -8,13 +8,15 @@ from typing import Any
 from configs.schema import Experiment, Scratch, Training
 from utils.data.tokenizer import published_identity
 from utils.data.tokens import PackedBatches, Tokens
+from utils.models.blocks import compiles
 from utils.models.loading import device_of, fetch_pretrained, save_model, scratch_model
 from utils.run.artifacts import read_json, value_digest, write_json
 from utils.run.cache import cached
 from utils.run.preemption import Stop
-from utils.training.loop import Run, train
+from utils.training.loop import train
+from utils.training.run import Run
 
-VERSION = 1  # raise it when a change of the training code changes the base model
+VERSION = 2  # raise it when a change of the training code changes the base model
 READ = ("tokenizer/", "tokens/train/", "tokens/validation/")  # the part of the token cache that pretraining sees
 
 
@@ -44,7 +46,6 @@ def _spec(shape: Scratch) -> Training:
     return Training(
         steps=shape.steps,
         batch_size=shape.batch_size,
-        micro_batch=shape.batch_size,
         distillation=0.0,
         validate_every=max(1, shape.steps // 5),
         keep_last=1,
@@ -55,7 +56,8 @@ def pretrain(config: Experiment, shape: Scratch, tokens: Path, target: Path, sta
     """Train a GPT-NeoX model from random weights with the loop that both arms use."""
     spec = _spec(shape)
     train_tokens = Tokens(tokens / "tokens" / "train")
-    model = scratch_model(shape, train_tokens.end_of_text).to(device_of(config.compute))
+    device = device_of(config.compute)
+    model = scratch_model(shape, train_tokens.end_of_text).to(device)
     run = Run(
         model=model,
         spec=spec,
@@ -67,6 +69,7 @@ def pretrain(config: Experiment, shape: Scratch, tokens: Path, target: Path, sta
         metrics=state / "metrics.jsonl",
         stop=stop,
         label="pretrain the base model",
+        compiled=compiles(config.compute, device),
     )
     final, _ = train(run)
     save_model(model, target / "model")

@@ -32,10 +32,10 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     return {f"{name}.{moment}": optimizer.state[parameter][moment] for name, parameter in named.items() for moment in MOMENTS}
 
 
-def restore(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], step: int) -> None:
-    """Put back what `state_tensors` gave after `step` optimiser steps."""
+def restore(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], updates: int) -> None:
+    """Put back what `state_tensors` gave after so many updates (steps that were not skipped)."""
     for name, parameter in model.named_parameters():
         if f"{name}.exp_avg" in tensors:
-            moments = {moment: tensors[f"{name}.{moment}"].to(parameter.device).clone() for moment in MOMENTS}
-            count = torch.tensor(float(step), device=parameter.device)
+            moments = {moment: torch.empty_like(parameter).detach().copy_(tensors[f"{name}.{moment}"]) for moment in MOMENTS}
+            count = torch.tensor(float(updates), device=parameter.device)
             optimizer.state[parameter] = {"step": count, **moments}

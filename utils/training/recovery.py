@@ -9,14 +9,17 @@ from typing import Any
 
 from configs.schema import Experiment, Monotone
 from utils.data.tokens import PackedBatches, Tokens
+from utils.models.blocks import compiles
 from utils.models.certificate import certify
 from utils.models.constraints import Constraint
-from utils.models.loading import compute_dtype, device_of, load_model, save_model
+from utils.models.loading import as_teacher, compute_dtype, device_of, load_model, save_model
 from utils.run.artifacts import write_json
 from utils.run.errors import WorkFailed
 from utils.run.preemption import Stop
 from utils.training.checkpoint import TrainState
-from utils.training.loop import Run, read_metrics, train
+from utils.training.loop import train
+from utils.training.metrics import read_metrics
+from utils.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def recover(config: Experiment, seed: int, learning_rate: float, constraint: Mon
         stop=stop,
         label=label,
         constraint=Constraint(model, constraint) if constraint else None,
-        teacher=load_model(files.base, device).requires_grad_(False) if spec.distillation else None,
+        teacher=as_teacher(load_model(files.base, device), config.compute.precision) if spec.distillation else None,
+        compiled=compiles(config.compute, device),
     )
     state, checkpoints = train(run)
     save_model(model, files.last)
@@ -80,7 +84,7 @@ def history(
     """The reference's training history and what it lacks: absolute nats, all starts' time, tokens."""
     steps, validations = read_metrics(run.metrics)
     bounds = [0, *(row["step"] for row in validations)]
-    means = [sum(row["loss"] for row in steps[low:high]) / (high - low) for low, high in pairwise(bounds)]
+    means = [_mean_loss(steps[low:high]) for low, high in pairwise(bounds)]
     best = next(row for row in validations if row["step"] == state.best_step)
     spec = config.training
     written: dict[str, Any] = {
@@ -98,6 +102,9 @@ def history(
         "training_samples": spec.steps * spec.batch_size,
         "training_tokens": spec.steps * run.tokens_per_step,
         "tokens_per_second": spec.steps * run.tokens_per_step / state.seconds,
+        "skipped_steps": state.skipped,
+        "micro_batch": state.micro_batch,
+        "recomputed_share_of_blocks": state.recompute,
         "hyperparameters": {"learning_rate": learning_rate, "warmup_ratio": spec.warmup_share, "max_grad_norm": spec.max_gradient_norm}
         | spec.model_dump(mode="json"),
         "seed": seed,
@@ -109,3 +116,9 @@ def history(
             "globally_monotonic": False,
         }
     return written
+
+
+def _mean_loss(rows: list[dict[str, Any]]) -> float | None:
+    """Mean over the steps that were not skipped; None if all were."""
+    losses = [row["loss"] for row in rows if "skipped" not in row]
+    return sum(losses) / len(losses) if losses else None

@@ -1,0 +1,96 @@
+"""What fits into the memory of the device: the split of a step into micro-batches, and what to say when it did not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from configs.schema import Training
+from utils.run.errors import WorkFailed
+from utils.training.run import Run
+from utils.training.step import Stepper
+
+CPU_TOKENS = 2048  # of a micro-batch on a CPU: large enough for full use of the cores, and a rule that needs no measurement
+MARGIN = 0.92  # share of the memory that a plan may fill; the rest is for fragments and for the libraries' own buffers
+RECOMPUTE = (0.0, 0.5, 1.0)  # shares of the blocks that auto tries
+Split = tuple[int, float]
+
+
+def choose(run: Run, stepper: Stepper) -> Split:
+    """(micro_batch, recompute) as configured; `auto` is replaced by what fits. Prints what it chose, and from what."""
+    spec = run.spec
+    if run.device.type == "cuda" and "auto" in (spec.micro_batch, spec.recompute):
+        ids = torch.from_numpy(run.train.batch(0, spec.batch_size)).to(run.device)
+        split = measured(spec, lambda size, share: _peak(stepper, ids[:size], share), MARGIN * _usable(run.device) / 2**30)
+    else:
+        split = (_rule(spec, run.train.length), 0.0 if spec.recompute == "auto" else spec.recompute)
+    if spec.micro_batch == "auto" or split[1]:
+        print(f"  micro-batches of {split[0]} sequences, {split[1]:.0%} of the blocks recomputed", flush=True)
+    return split
+
+
+def _rule(spec: Training, length: int) -> int:
+    """The largest divisor of the batch with at most CPU_TOKENS tokens, at least 1."""
+    return max([1, *(size for size in _sizes(spec) if size * length <= CPU_TOKENS)]) if spec.micro_batch == "auto" else spec.micro_batch
+
+
+def _sizes(spec: Training) -> list[int]:
+    """The micro-batches that are possible, ascending."""
+    if spec.micro_batch != "auto":
+        return [spec.micro_batch]
+    return [size for size in range(1, spec.batch_size + 1) if spec.batch_size % size == 0]
+
+
+def measured(spec: Training, peak: Callable[[int, float], float | None], limit: float) -> Split:
+    """The largest micro-batch that fits with the least recomputation.
+
+    peak: (sequences, share of recomputed blocks) -> GiB that a step with such micro-batches needs, or None if that ran out of memory.
+    It is called for the two smallest micro-batches; memory grows linearly from there. limit: GiB.
+    """
+    sizes = _sizes(spec)
+    for share in RECOMPUTE if spec.recompute == "auto" else (spec.recompute,):
+        first = peak(sizes[0], share)
+        second = peak(sizes[1], share) if len(sizes) > 1 and first is not None and first <= limit else None
+        slope = (second - first) / (sizes[1] - sizes[0]) if first is not None and second is not None else math.inf
+        fitting = [size for size in sizes[1:] if first is not None and first + (size - sizes[0]) * slope <= limit]
+        if first is not None and first <= limit:
+            return max([sizes[0], *fitting]), share
+    raise WorkFailed(
+        f"a micro-batch of {sizes[0]} does not fit into the {limit:.1f} GiB that may be used; set training.micro_batch to auto and "
+        "training.recompute to 1.0, shorten data.sequence_length, or use a larger GPU or several (docs/METHOD.md)"
+    )
+
+
+def _peak(stepper: Stepper, ids: Tensor, share: float) -> float | None:
+    """GiB at the peak of a real forward and backward pass over `ids` (b, T + 1), with room for the moments of AdamW; None: too much."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        stepper.split(len(ids), share)
+        for _ in range(2):  # the second pass also holds the gradients of the first
+            stepper.gradients(ids)
+        moments = 0 if stepper.optimizer.state else 8 * sum(parameter.numel() for parameter in stepper.parameters)
+        return (torch.cuda.max_memory_allocated() + moments) / 2**30
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        stepper.optimizer.zero_grad(set_to_none=True)
+
+
+def _usable(device: torch.device) -> float:
+    """Bytes of the device that this process may hold."""
+    free, total = torch.cuda.mem_get_info(device)
+    return min(free + torch.cuda.memory_reserved(device), total * torch.cuda.get_per_process_memory_fraction(device))
+
+
+def out_of_memory(run: Run, split: Split, error: Exception) -> WorkFailed:
+    """What to say, and to change, when a step did not fit."""
+    return WorkFailed(
+        f"the device ran out of memory with micro-batches of {split[0]} and {split[1]:.0%} of the blocks recomputed. Set "
+        "training.micro_batch=auto and training.recompute=auto, or a smaller training.micro_batch "
+        f"(a divisor of training.batch_size={run.spec.batch_size}), or training.recompute=1.0, and run with --discard; "
+        f"is another process on the device? ({str(error).splitlines()[0]})"
+    )

@@ -1,0 +1,86 @@
+"""One optimiser step: micro-batches, loss, gradient, verdict, update. The host never waits for the device in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from utils.models.blocks import prepare_blocks
+from utils.models.head import mixed_loss
+from utils.models.likelihood import last_hidden
+from utils.models.loading import product_dtype
+from utils.training import optim
+from utils.training.guard import GOOD, Guard
+from utils.training.run import Run
+
+
+class Stepper:
+    """Makes the steps of a run. `before_update` is called when gradients are ready and nothing has changed yet."""
+
+    def __init__(self, run: Run, before_update: Callable[[], None] = lambda: None) -> None:
+        self.run, self.before_update = run, before_update
+        self.micro_batch, self.recompute = run.spec.batch_size, 0.0
+        self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+        self.optimizer = optim.build(run.model, run.constraint.parameters if run.constraint else [], run.spec)
+        self.guard = Guard(run.spec.max_loss_rise, run.device)
+
+    def split(self, micro_batch: int, recompute: float) -> None:
+        """Set how many sequences go through the model at once, and for which share of the blocks activations are computed twice."""
+        self.micro_batch, self.recompute = micro_batch, recompute
+        prepare_blocks(self.run.model, self.run.compiled, recompute)
+        for teacher in self.run.models[1:]:
+            prepare_blocks(teacher, self.run.compiled)
+
+    def __call__(self, ids: Tensor, rate: float) -> Tensor:
+        """ids (B, T + 1) on the device -> (5,) there: loss, cross-entropy, divergence (nats per token), gradient norm, verdict."""
+        sums = torch.zeros(3, device=self.run.device)
+        for part in ids.split(self.micro_batch):
+            sums += self.gradients(part)
+        values = sums / self.run.tokens_per_step
+        found = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(found, foreach=True)
+        verdict = self.guard.judge(values[0], norm)
+        self._update(norm, verdict, rate)
+        return torch.cat([values, norm.reshape(1), verdict])
+
+    def gradients(self, ids: Tensor) -> Tensor:
+        """Add the gradient of a micro-batch, ids (b, T + 1); returns (3,) its loss and the two parts, nats summed over b*T tokens."""
+        run, inputs, targets = self.run, ids[:, :-1], ids[:, 1:].flatten()
+        goal = None
+        if len(run.models) > 1:
+            with torch.no_grad():
+                goal = (last_hidden(run.models[1], inputs, run.precision), run.models[1].get_output_embeddings())
+        hidden = last_hidden(run.model, inputs, run.precision)
+        head, dtype = run.model.get_output_embeddings(), product_dtype(run.precision)
+        loss, parts = mixed_loss(hidden, head, targets, dtype, goal, run.spec.distillation if goal else 0.0, run.compiled)
+        (loss / run.tokens_per_step).backward()
+        return torch.cat([loss.detach().reshape(1), parts])
+
+    def warm_up(self, ids: Tensor) -> None:
+        """Have a micro-batch's code compiled; changes nothing."""
+        self.gradients(ids)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _update(self, norm: Tensor, verdict: Tensor, rate: float) -> None:
+        """AdamW on the clipped gradient. The fused kernel itself divides by the scale, and changes nothing if the flag is set."""
+        good = verdict[0] == GOOD
+        self.optimizer.grad_scale = torch.where(good, (norm / self.run.spec.max_gradient_norm).clamp(min=1.0), 1.0)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.before_update()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.run.constraint:
+            self.run.constraint.project()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything beside the weights that the next step depends on."""
+        return optim.state_tensors(self.optimizer, self.run.model) | self.guard.tensors()
+
+    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Put back what `tensors` gave after `updates` steps that were not skipped."""
+        optim.restore(self.optimizer, self.run.model, tensors, updates)
+        self.guard.restore(tensors)

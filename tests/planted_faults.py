@@ -307,31 +307,26 @@ def coarse_json(patch: Patch, folder: Path) -> None:
     patch.setattr(report, "write_json", write)
 
 
-def some_gpu(patch: Patch, free: float = 60.0) -> None:
-    """The CPU in the place of a GPU of 80 GiB."""
-    patch.setattr(torch.cuda, "is_available", lambda: True)
-    patch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 80 * 2**30))
-    patch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+def some_gpu(patch: Patch, free: float = 60.0, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> None:
+    """The CPU in the place of a GPU of 80 GiB, in the eyes of its own check alone."""
+    card = {"is_available": lambda: True, "mem_get_info": lambda: (free * 2**30, 80 * 2**30), "get_device_name": lambda: "A card"}
+    patch.setattr(machine, "torch", SimpleNamespace(**vars(torch) | {"cuda": SimpleNamespace(**card), "matmul": product}))
     patch.setattr(machine, "DEVICE", "cpu")
 
 
 def gpu_that_gives_nan(patch: Patch, folder: Path) -> None:
-    some_gpu(patch)
-    patch.setattr(torch, "matmul", lambda a, b: (a @ b) * (float("nan") if a.shape == (512, 512) else 1.0))
+    some_gpu(patch, product=lambda a, b: torch.full((512, 512), float("nan")))
 
 
 def gpu_that_is_off(patch: Patch, folder: Path) -> None:
-    some_gpu(patch)
-    patch.setattr(torch, "matmul", lambda a, b: (a @ b) * 1.1)
+    some_gpu(patch, product=lambda a, b: (a @ b) * 1.1)
 
 
 def gpu_without_a_fitting_torch(patch: Patch, folder: Path) -> None:
-    some_gpu(patch)
-
     def refuse(a: Tensor, b: Tensor) -> Tensor:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
-    patch.setattr(torch, "matmul", refuse)
+    some_gpu(patch, product=refuse)
 
 
 # One plant for each way in which a check can notice: (check, plant, words that must be said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,3 +110,15 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     hub.connect(monkeypatch, tmp_path / "hub_cache")
     yield hub
     hub.close()
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 64 KiB, or of as many as @pytest.mark.parametrize("small_disk", [...], indirect=True) says."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    size = f"size={getattr(request, 'param', 64)}k"
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", place], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", place], check=True)

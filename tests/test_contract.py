@@ -20,6 +20,10 @@ from utils.run.stage import Context, Stage, run_stage
 pytestmark = pytest.mark.integration
 
 
+def test_evaluation_and_attacks_never_read_the_training_text() -> None:
+    assert [stage.number for stage in stages() if "train_tokens" in stage.reads] == [1, 2, 3]
+
+
 def test_finished_run_is_complete_and_costs_nothing_again(
     finished_copy: Path, tiny: Experiment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

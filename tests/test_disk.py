@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,17 +14,6 @@ from tests.fake_stages import NUMBERS, PIPELINE, SQUARES, SQUARES_OF_42, TINY, c
 from utils.run.errors import DONE, FAILED, REFUSED
 from utils.run.preemption import Stop
 from utils.run.stage import Context, run_stage
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 64 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 def filling(ctx: Context) -> None:

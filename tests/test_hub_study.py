@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from configs.presets import load
-from configs.schema import Experiment
+from configs.schema import Experiment, Paths
 from stages.pipeline import run_each, stages
 from tests.fake_stages import ROOT, TINY
 from tests.hub_server import Hub
@@ -119,6 +119,32 @@ def test_setup_refuses_with_the_cause(
     fault(hub)
     setup(published, code=2)
     assert words in capsys.readouterr().err
+
+
+def cache_on(config: Experiment, place: Path) -> Experiment:
+    return config.model_copy(update={"paths": Paths(cache=place)})
+
+
+@pytest.mark.parametrize("small_disk", [200, 420], indirect=True)
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
+def test_a_disk_that_fills_up_is_one_message_and_leaves_nothing_half(
+    published: Experiment, small_disk: Path, free: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of a fetch, and after the fetches; the space that was counted before was taken by somebody else."""
+    free(1000)
+    setup(cache_on(published, small_disk), code=1)
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "make room or give access, or choose other folders" in said and "Traceback" not in said
+    assert not list(small_disk.rglob("*.incomplete")) and not list(small_disk.glob("base-*/manifest.json"))
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    setup(cache_on(published, small_disk))
+
+
+def test_a_cache_that_is_read_only_is_one_message(published: Experiment, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    setup(cache_on(published, small_disk), code=1)
+    said = capsys.readouterr().err
+    assert f"cannot write or read {small_disk}" in said and "Read-only file system" in said and "Traceback" not in said
 
 
 def test_fallback_is_said_in_the_results(

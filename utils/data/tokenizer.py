@@ -39,8 +39,9 @@ def fetch_tokenizer(model: Model, cache: Path, stop: Stop, folder: Path) -> int:
     """Save the tokenizer of a published model to `folder`; returns the id of its end-of-text token."""
     from transformers import AutoTokenizer
 
+    source, _ = model_folder(model, cache, stop)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder(model, cache, stop)[0], local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({str(error).splitlines()[0]}); "

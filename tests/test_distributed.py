@@ -183,6 +183,51 @@ def test_compiled_and_recomputed_blocks(
     assert_close(tmp_path, alone["projected"])
 
 
+@pytest.fixture
+def company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place for this process in a group of one."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+
+
+@pytest.mark.usefixtures("company")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_one_process_in_company_does_what_it_does_alone(
+    text: tuple[Tokens, Tokens], alone: dict[str, Path], tmp_path: Path, parallel: str
+) -> None:
+    with joined(parallel) as world:
+        train(make(text, tmp_path, "softplus", world))
+    assert_close(tmp_path, alone["softplus"])
+
+
+@pytest.mark.usefixtures("company")
+def test_what_processes_tell_each_other() -> None:
+    """The messages of a process that believes in two, in a group of one. That two understand each other is tested above."""
+    with joined("ddp"):
+        world = World(0, 2, "fsdp2")
+        assert torch.equal(world.sum(torch.tensor([2.0, 3.0])), torch.tensor([2.0, 3.0]))
+        assert world.any(True)
+        assert not world.any(False)
+        assert world.told({"step": 3}) == {"step": 3}
+        found = distributed.total_norm([torch.tensor([3.0]), torch.tensor([4.0])], world)
+        assert float(found) == pytest.approx(5.0)
+
+
+def test_a_process_that_is_not_the_first_writes_nothing(
+    text: tuple[Tokens, Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither checkpoints nor the run's metrics; and it leaves what the first is writing."""
+    monkeypatch.setattr(World, "own", lambda self, count: slice(0, count))
+    checkpoints = Checkpoints(tmp_path / "state" / "checkpoints", 2)
+    (checkpoints.folder / ".tmp-step_00000006-1").mkdir(parents=True)
+    run = make(text, tmp_path, "baseline", World(1, 1, "none"))
+    train(run)
+    assert [path.name for path in run.state_folder.iterdir()] == [".tmp-step_00000006-1"]
+    assert not run.metrics.exists()
+    assert (tmp_path / "state" / "metrics_of_process_1.jsonl").is_file()
+
+
 def test_shards_are_cut_over_the_processes(text: tuple[Tokens, Tokens], tmp_path: Path) -> None:
     """Each process holds half of the weights and of the moments."""
 

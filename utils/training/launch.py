@@ -27,17 +27,15 @@ TAIL = 2000  # characters of a failed process's output that are shown
 
 
 class StopFile(Stop):
-    """The request to stop, as a file that the stage's process writes. It also rises when that process is gone."""
+    """The request to stop, as a file that the stage's process writes."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path, self.parent = path, os.getppid()
+        self.path = path
 
     def requested(self) -> bool:
         if self.reason is None and self.path.exists():
             self.reason = self.path.read_text(encoding="utf-8").strip() or "asked to stop"
-        if self.reason is None and os.getppid() != self.parent:
-            self.reason = "the stage's process is gone"
         return super().requested()
 
 
@@ -76,8 +74,9 @@ def _commands(command: list[str], compute: Compute) -> list[tuple[list[str], dic
     meeting = {"MASTER_PORT": str(_free_port())}
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     if nodes > 1:
-        srun = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * count}", f"--ntasks-per-node={count}", "--kill-on-bad-exit=1", "--label"]
-        return [([*srun, *command], meeting | {"MASTER_ADDR": socket.gethostname()})]
+        share = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) // count)
+        tasks = [f"--nodes={nodes}", f"--ntasks={nodes * count}", f"--ntasks-per-node={count}", f"--cpus-per-task={share}"]
+        return [(["srun", *tasks, "--kill-on-bad-exit=1", "--label", *command], meeting | {"MASTER_ADDR": socket.gethostname()})]
     meeting |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(count)}
     return [(command, meeting | {"RANK": str(number), "LOCAL_RANK": str(number)}) for number in range(count)]
 

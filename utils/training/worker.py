@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import sys
 from contextlib import ExitStack
@@ -17,9 +18,17 @@ from utils.training.launch import StopFile
 from utils.training.loop import train
 from utils.training.recovery import Files, prepared
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies: the parent holds the lock of the folder that this one writes to."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
 
 def main(path: str) -> int:
     """Train as the file says; returns an exit code."""
+    die_with_parent()
     for number in SIGNALS:  # they are for the stage's process, which asks through a file
         signal.signal(number, signal.SIG_IGN)
     spec = read_json(Path(path))

@@ -218,14 +218,14 @@ def test_a_process_that_is_not_the_first_writes_nothing(
     text: tuple[Tokens, Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither checkpoints nor the run's metrics; and it leaves what the first is writing."""
-    monkeypatch.setattr(World, "own", lambda self, count: slice(0, count))
+    monkeypatch.setattr(World, "first", property(lambda self: False))
     checkpoints = Checkpoints(tmp_path / "state" / "checkpoints", 2)
     (checkpoints.folder / ".tmp-step_00000006-1").mkdir(parents=True)
-    run = make(text, tmp_path, "baseline", World(1, 1, "none"))
+    run = make(text, tmp_path, "baseline", World())
     train(run)
     assert [path.name for path in run.state_folder.iterdir()] == [".tmp-step_00000006-1"]
     assert not run.metrics.exists()
-    assert (tmp_path / "state" / "metrics_of_process_1.jsonl").is_file()
+    assert (tmp_path / "state" / "metrics_of_process_0.jsonl").is_file()
 
 
 def test_shards_are_cut_over_the_processes(text: tuple[Tokens, Tokens], tmp_path: Path) -> None:

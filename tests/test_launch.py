@@ -83,7 +83,7 @@ def test_without_gpus_there_is_nothing_to_start(monkeypatch: pytest.MonkeyPatch)
 def test_processes_die_with_the_one_that_keeps_the_books(tmp_path: Path) -> None:
     """Otherwise they would go on writing where its successor writes."""
     child = (
-        "import sys, time; from utils.training.worker import die_with_parent; die_with_parent(); "
+        "import sys, time; from utils.run.preemption import die_with_parent; die_with_parent(); "
         f"open({str(tmp_path / 'up')!r}, 'w').close(); time.sleep(600)"
     )
     parent = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); time.sleep(600)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import sys
 from contextlib import ExitStack
@@ -11,19 +10,12 @@ from pathlib import Path
 from configs.schema import Experiment, Monotone
 from utils.run.artifacts import read_json
 from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
-from utils.run.preemption import SIGNALS
+from utils.run.preemption import SIGNALS, die_with_parent
 from utils.run.progress import Report
 from utils.training.distributed import joined
 from utils.training.launch import StopFile
 from utils.training.loop import train
 from utils.training.recovery import Files, prepared
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies: the parent holds the lock of the folder that this one writes to."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(path: str) -> int:

@@ -19,6 +19,7 @@ class Resources(Section):
     account: Word | None = Field(None, description="sbatch --account")
     constraint: Word | None = Field(None, description="sbatch --constraint")
     gres: Word | None = Field(None, description="sbatch --gres, for example gpu:a100:1; 'none' asks for no GPU")
+    nodes: Positive | None = Field(None, description="sbatch --nodes; more than one for training with compute.parallel alone")
     memory: Word | None = Field(None, description="sbatch --mem, for example 80G")
     cpus: Positive | None = Field(None, description="sbatch --cpus-per-task")
     time: Word | None = Field(None, description="sbatch --time, for example 24:00:00 or 1-00:00:00; quote it in YAML")

@@ -40,6 +40,11 @@ class Compute(Section):
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="compile the transformer blocks for training; auto does so on a GPU. The first step then takes up to a minute"
     )
+    parallel: Literal["none", "ddp", "fsdp2"] = Field(
+        "none",
+        description="training on several GPUs: ddp, a whole copy on each; fsdp2, parameters, gradients and moments cut over them",
+    )
+    processes: Count = Field(0, description="training processes on a node, one a GPU, if parallel; 0 takes all GPUs of the node")
     threads: Count = Field(0, description="CPU threads; 0 takes all cores. Bitwise repeatability on a CPU needs a constant number")
 
 

@@ -252,6 +252,19 @@ def test_on_a_gpu_the_copy_waits_for_the_past_and_the_update_for_the_copy(monkey
     assert said == ["side waits for main", "main waits for copies of side", "host waits for copies of side"]
 
 
+def test_what_was_gathered_for_a_copy_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gathered tensor is freed at once; without a word to the allocator its memory would be used again while it is copied."""
+    said: list[str] = []
+    snapshot = Snapshot()
+    snapshot.stream = FakeStream("side", said)  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream("main", said))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: said.append(f"{stream.name} uses {float(self[0])}"))
+    monkeypatch.setattr(checkpoint, "whole", lambda tensor: tensor.clone() if float(tensor[0]) == 1.0 else tensor)
+    snapshot.take({"cut": torch.ones(2), "plain": torch.zeros(2)})
+    assert said == ["side waits for main", "side uses 1.0"]
+
+
 def test_buffers_are_kept_and_replaced_only_for_another_shape() -> None:
     snapshot = Snapshot()
     first = snapshot.take(tensors(1))["weight"]

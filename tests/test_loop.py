@@ -149,7 +149,7 @@ def test_killed_in_any_step(bench: Bench, straight: dict[str, Outcome], killed: 
 
 def test_killed_in_the_last_validation(bench: Bench, straight: dict[str, Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference then said 'complete' with a best perplexity of Infinity and no model."""
-    real, calls = loop.mean_nll, []
+    real, calls = step.Stepper.mean_nll, []
 
     def die(*arguments: Any) -> float:
         calls.append(1)
@@ -157,7 +157,7 @@ def test_killed_in_the_last_validation(bench: Bench, straight: dict[str, Outcome
             raise Killed
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "mean_nll", die)
+    monkeypatch.setattr(step.Stepper, "mean_nll", die)
     with pytest.raises(Killed):
         train(bench.run())
     state, checkpoints = train(bench.run())
@@ -373,11 +373,11 @@ def test_ruined_weights_end_the_run_at_the_validation(bench: Bench) -> None:
 
 def test_a_diverged_validation_names_its_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 3.9, 4.1])
-    monkeypatch.setattr(loop, "mean_nll", lambda *arguments: next(losses))
+    monkeypatch.setattr(step.Stepper, "mean_nll", lambda *arguments: next(losses))
     message = r"^step 3: the validation loss is 4.1 \(best so far: 3.0, at step 1\); lower the learning rate \(now 0\.03\), or raise"
     with pytest.raises(WorkFailed, match=message):
         train(bench.run(validate_every=1))
-    monkeypatch.setattr(loop, "mean_nll", lambda *arguments: math.inf)
+    monkeypatch.setattr(step.Stepper, "mean_nll", lambda *arguments: math.inf)
     with pytest.raises(WorkFailed, match="the validation loss is inf"):
         train(bench.run(validate_every=1))
 

@@ -41,15 +41,18 @@ def test_the_largest_that_fits_with_the_least_recomputation(limit: float, micro_
     fitting = [(size, share) for share in memory.RECOMPUTE for size in sizes if needs(size, share) <= limit]
     if not fitting:
         with pytest.raises(WorkFailed, match=f"micro-batch of {sizes[0]} does not fit into the {limit:.1f} GiB.*training.recompute to 1.0"):
-            measured(training(micro_batch=micro_batch), peak, limit)
+            measured(training(micro_batch=micro_batch), sizes, peak, limit)
         return
     share = min(share for _, share in fitting)
-    assert measured(training(micro_batch=micro_batch), peak, limit) == (max(size for size, other in fitting if other == share), share)
+    assert measured(training(micro_batch=micro_batch), sizes, peak, limit) == (
+        max(size for size, other in fitting if other == share),
+        share,
+    )
     assert max(asked) <= 4
 
 
 def test_a_given_share_is_kept() -> None:
-    assert measured(training(recompute=1.0), lambda size, share: 25 + size * (5 - 4 * share), 33.0) == (8, 1.0)
+    assert measured(training(recompute=1.0), [1, 2, 4, 8, 24], lambda size, share: 25 + size * (5 - 4 * share), 33.0) == (8, 1.0)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from tests.fake_stages import SQUARES_OF_42, TINY, in_child
 from utils.run import preemption, progress
 from utils.run.artifacts import inventory
 from utils.run.errors import DONE, STOPPED, StoppedInTime
-from utils.run.preemption import SIGNALS, Stop
+from utils.run.preemption import PR_SET_PDEATHSIG, SIGNALS, Stop, die_with_parent
 from utils.run.progress import Progress, Report, duration
 
 
@@ -245,3 +246,12 @@ def test_report_that_cannot_be_written_does_not_stop_the_work(clock: Clock, tmp_
 )
 def test_duration(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_the_kernel_is_told_to_end_a_process_with_its_parent() -> None:
+    """What it then does is tested in test_launch.py."""
+    system, told = ctypes.CDLL(None), ctypes.c_int()
+    die_with_parent()
+    system.prctl(2, ctypes.byref(told))  # PR_GET_PDEATHSIG
+    system.prctl(PR_SET_PDEATHSIG, 0)
+    assert told.value == signal.SIGKILL

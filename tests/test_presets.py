@@ -55,7 +55,7 @@ def test_configuration_is_frozen() -> None:
         ("training.stepz=5", ["training.stepz: unknown key", "did you mean 'training.steps'?"]),
         ("trainin.steps=5", ["trainin: unknown key", "did you mean 'training'?"]),
         ("model.scratch.hiden=5", ["model.scratch.hiden: unknown key", "'model.scratch.hidden'"]),
-        ("compute.qqq=5", ["compute.qqq: unknown key; valid keys: device, precision, compile, threads"]),
+        ("compute.qqq=5", ["compute.qqq: unknown key; valid keys: device, precision, compile, parallel, processes, threads"]),
         ("training.steps=many", ["training.steps: found 'many'", "valid integer"]),
         ("training.steps=1e3", ["training.steps: found 1000.0", "valid integer"]),
         ("training.steps=true", ["training.steps: found True", "valid integer"]),

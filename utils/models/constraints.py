@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
@@ -48,7 +49,7 @@ class Constraint:
     def project(self) -> None:
         """W <- max(W, 0), the Euclidean projection on the constraint. Softplus needs none."""
         if self.spec.parametrisation == "projected":
-            torch._foreach_clamp_min_(self.parameters, 0.0)
+            torch._foreach_clamp_min_([w.to_local() if isinstance(w, DTensor) else w for w in self.parameters], 0.0)
 
 
 @torch.no_grad()

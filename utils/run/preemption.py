@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -45,3 +46,11 @@ class Stop:
         """Raise StoppedInTime if asked to stop. Call it only where everything done so far is on disk."""
         if self.requested():
             raise StoppedInTime(self.reason)
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies: the parent holds the lock of the folder that this one writes to."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -14,14 +14,15 @@ from utils.data.tokens import PackedBatches
 AHEAD = 3  # steps that are read ahead
 
 
-def prefetched(source: PackedBatches, size: int, steps: range, device: torch.device) -> Generator[Tensor]:
-    """Yield the (size, T + 1) ids of each step on the device, in order. Batch t is a function of (seed, t) alone, hence nothing is saved.
+def prefetched(source: PackedBatches, size: int, steps: range, device: torch.device, rows: slice = slice(None)) -> Generator[Tensor]:
+    """Yield the (size, T + 1) ids of each step on the device, in order, or some of their rows. Batch t is a function of (seed, t) alone,
+    hence nothing is saved.
 
     For a GPU the thread puts them into locked memory, from which they are copied without the host waiting. Close it to end the thread.
     """
 
     def read(step: int) -> Tensor:
-        ids = torch.from_numpy(source.batch(step, size))
+        ids = torch.from_numpy(source.batch(step, size)[rows])
         return ids.pin_memory() if device.type == "cuda" else ids
 
     with ThreadPoolExecutor(1, "batches") as pool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from utils.run.artifacts import damage, inventory, published, read_json, remove, sweep_temporaries, write_json
 from utils.run.errors import InputError
+from utils.training.distributed import whole
 from utils.training.tensor_file import write_tensors
 
 READERS = 4  # files whose checksums are taken at once
@@ -56,10 +57,16 @@ class Snapshot:
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            copies = {name: self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=True) for name, tensor in tensors.items()}
+            copies = {name: self._copy(name, tensor.detach()) for name, tensor in tensors.items()}
         if self.stream is not None:
             self.copied = self.stream.record_event()
         return copies
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        full = whole(tensor)
+        if full is not tensor and self.stream is not None:
+            full.record_stream(self.stream)  # gathered for this copy alone: it must outlive it
+        return self._buffer(name, full).copy_(full, non_blocking=True)
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         found = self.buffers.get(name)
@@ -85,19 +92,26 @@ class Snapshot:
 class Checkpoints:
     """Step folders below `folder`. Each is published by a rename, with its own checksums."""
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(self, folder: Path, keep_last: int, writes: bool = True) -> None:
+        """With `writes` false this process is not the first of several: it helps to gather, reads what the first has verified, and writes
+        nothing."""
+        self.folder, self.keep_last, self.writes = folder, keep_last, writes
         self.snapshot = Snapshot()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._intact: set[Path] = set()
-        sweep_temporaries(folder)
+        if writes:
+            sweep_temporaries(folder)
 
     def save(self, state: TrainState, model: Named, optimizer: Named) -> None:
         """Copy the tensors to the host and let a thread write them. At most one save is under way: a second one waits for the first.
 
         Raises what the save before it raised.
         """
+        if not self.writes:
+            for tensor in (*model.values(), *optimizer.values()):
+                whole(tensor)
+            return
         self.wait()
         copies = self.snapshot.take(_labelled(model, optimizer))
         self._pending = self._writer.submit(self._write, self._path(state.step), asdict(state), copies)
@@ -165,7 +179,7 @@ class Checkpoints:
     def _tensors(self, step: int, names: tuple[str, ...]) -> dict[str, Tensor]:
         self.wait()
         path = self._path(step)
-        if not self._intact.issuperset(path / name for name in names) and (fault := self._fault([path], names)):
+        if self.writes and not self._intact.issuperset(path / name for name in names) and (fault := self._fault([path], names)):
             raise InputError(f"checkpoint of step {step}: {fault}; run the stage again with --discard")
         return {name: tensor for file in names for name, tensor in load_file(path / file).items()}
 

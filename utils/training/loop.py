@@ -14,12 +14,12 @@ import torch
 from utils.models.attention import packed_causal
 from utils.models.blocks import prepare_blocks
 from utils.models.head import check_head
-from utils.models.likelihood import mean_nll
 from utils.run.errors import StoppedInTime, WorkFailed
 from utils.run.progress import Progress
 from utils.training import memory
 from utils.training.batches import prefetched
 from utils.training.checkpoint import Checkpoints, TrainState
+from utils.training.distributed import spread
 from utils.training.metrics import MetricsLog
 from utils.training.run import Run
 from utils.training.schedule import learning_rate
@@ -36,12 +36,12 @@ def train(run: Run) -> tuple[TrainState, Checkpoints]:
     diverged, or the device's memory did not suffice. On a CPU a run that was interrupted any number of times equals an
     uninterrupted one bit for bit: weights, optimiser state and metrics.
     """
-    checkpoints = Checkpoints(run.state_folder, run.spec.keep_last)
+    checkpoints = Checkpoints(run.state_folder, run.spec.keep_last, writes=run.world.first)
     with closing(checkpoints), ready(run):
         stepper = Stepper(run, checkpoints.snapshot.before_update)
         try:
             state = _resume(run, stepper, checkpoints)
-            with closing(MetricsLog(run.metrics, state.metrics_bytes)) as log:
+            with closing(_log(run, state)) as log:
                 _train_on(run, stepper, checkpoints, state, log)
         except torch.OutOfMemoryError as error:
             raise memory.out_of_memory(run, (stepper.micro_batch, stepper.recompute), error) from None
@@ -67,12 +67,13 @@ def ready(run: Run) -> Iterator[None]:
 
 def _resume(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState:
     """Put everything into the state of the newest checkpoint; without one, choose how a step is split."""
-    state = _newest(run, stepper, checkpoints)
+    state = run.world.told(_newest(run, stepper, checkpoints) if run.world.first else None)
     if state is None:
-        micro_batch, recompute = memory.choose(run, stepper)
+        micro_batch, recompute = run.world.told(memory.choose(run, stepper))
         state = TrainState(micro_batch=micro_batch, recompute=recompute)
     else:
-        run.model.load_state_dict(checkpoints.model_tensors(state.step))
+        shapes, stored = run.model.state_dict(), checkpoints.model_tensors(state.step)
+        run.model.load_state_dict({name: spread(tensor, shapes.get(name, tensor)) for name, tensor in stored.items()})
         stepper.restore(checkpoints.optimizer_tensors(state.step), state.step - state.skipped)
         state.resumed_at.append(state.step)
         print(f"  going on from step {state.step} of {run.spec.steps}")
@@ -85,7 +86,7 @@ def _newest(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState 
     likely = checkpoints.glimpse()
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(checkpoints.newest)
-        if run.compiled and likely is not None and likely.step < run.spec.steps:
+        if run.compiled and run.world.size == 1 and likely is not None and likely.step < run.spec.steps:
             stepper.split(likely.micro_batch, likely.recompute)
             stepper.warm_up(torch.from_numpy(run.train.batch(likely.step, likely.micro_batch)).to(run.device))
         return found.result()
@@ -94,8 +95,8 @@ def _newest(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState 
 def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: TrainState, log: MetricsLog) -> None:
     """Steps from `state.step` to the last one. Each validation is followed by a checkpoint, and so is a request to stop."""
     progress = Progress(run.label, run.spec.steps, state.step, tokens_per_unit=run.tokens_per_step)
-    began, earlier = time.monotonic(), state.seconds
-    with closing(prefetched(run.train, run.spec.batch_size, range(state.step, run.spec.steps), run.device)) as batches:
+    began, earlier, own = time.monotonic(), state.seconds, run.world.own(run.spec.batch_size)
+    with closing(prefetched(run.train, run.spec.batch_size, range(state.step, run.spec.steps), run.device, own)) as batches:
         for ids in batches:
             rate = _rate(run, state.step)
             note = ""
@@ -103,12 +104,12 @@ def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: Train
             state.step += 1
             last = state.step == run.spec.steps
             validating = last or state.step % run.spec.validate_every == 0
-            stopping = run.stop.requested()  # asked once a step: the flag may rise between two looks at it
+            stopping = run.world.any(run.stop.requested())  # asked once a step: the flag may rise between two looks at it
             checkpoints.check()
             if validating or stopping or len(log.waiting) >= FLUSH_EVERY:
                 note = log.flush(run.tokens_per_step, state, run.spec.max_bad_steps)
             if validating:
-                note = _validated(run, state, log)
+                note = _validated(run, stepper, state, log)
             if validating or stopping:
                 state.seconds = earlier + time.monotonic() - began
                 state.metrics_bytes = log.sync()
@@ -120,14 +121,21 @@ def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: Train
     progress.close()
 
 
+def _log(run: Run, state: TrainState) -> MetricsLog:
+    """The run's metrics; processes other than the first keep theirs beside the checkpoints, of this start alone."""
+    if run.world.first:
+        return MetricsLog(run.metrics, state.metrics_bytes)
+    return MetricsLog(run.state_folder.parent / f"metrics_of_process_{run.world.rank}.jsonl", 0)
+
+
 def _rate(run: Run, step: int) -> float:
     spec = run.spec
     return learning_rate(step, steps=spec.steps, peak=run.peak_rate, warmup_share=spec.warmup_share, final_share=spec.final_share)
 
 
-def _validated(run: Run, state: TrainState, log: MetricsLog) -> str:
+def _validated(run: Run, stepper: Stepper, state: TrainState, log: MetricsLog) -> str:
     """Note the validation loss; raises WorkFailed if it is not finite, or above the best by more than the allowed rise."""
-    nll = mean_nll(run.model, run.validation.all_sequences(), state.micro_batch, run.precision)
+    nll = stepper.mean_nll(run.validation.all_sequences())
     if not math.isfinite(nll) or (state.best_nll is not None and nll > state.best_nll + run.spec.max_loss_rise):
         raise WorkFailed(
             f"step {state.step}: the validation loss is {nll} (best so far: {state.best_nll}, at step {state.best_step}); lower "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Training
-from utils.run.errors import WorkFailed
+from utils.run.errors import InputError, WorkFailed
 from utils.training.run import Run
 from utils.training.step import Stepper
 
@@ -24,33 +24,30 @@ def choose(run: Run, stepper: Stepper) -> Split:
     spec = run.spec
     if run.device.type == "cuda" and "auto" in (spec.micro_batch, spec.recompute):
         ids = torch.from_numpy(run.train.batch(0, spec.batch_size)).to(run.device)
-        split = measured(spec, lambda size, share: _peak(stepper, ids[:size], share), MARGIN * _usable(run.device) / 2**30)
+        split = measured(spec, _sizes(run), lambda size, share: _peak(stepper, ids[:size], share), MARGIN * _usable(run.device) / 2**30)
     else:
-        split = (_rule(spec, run.train.length), 0.0 if spec.recompute == "auto" else spec.recompute)
+        fitting = [size for size in _sizes(run) if size * run.train.length <= CPU_TOKENS]
+        split = (max(fitting, default=_sizes(run)[0]), 0.0 if spec.recompute == "auto" else spec.recompute)
     if spec.micro_batch == "auto" or split[1]:
         print(f"  micro-batches of {split[0]} sequences, {split[1]:.0%} of the blocks recomputed", flush=True)
     return split
 
 
-def _rule(spec: Training, length: int) -> int:
-    """The largest divisor of the batch with at most CPU_TOKENS tokens, at least 1."""
-    return max([1, *(size for size in _sizes(spec) if size * length <= CPU_TOKENS)]) if spec.micro_batch == "auto" else spec.micro_batch
+def _sizes(run: Run) -> list[int]:
+    """The micro-batches that are possible in this process, ascending. Raises InputError if there is none."""
+    own, given = run.world.own(run.spec.batch_size), run.spec.micro_batch
+    share = own.stop - own.start
+    if given != "auto" and share % given:
+        raise InputError(f"training.micro_batch={given} does not divide the {share} sequences that each of {run.world.size} processes has")
+    return [given] if given != "auto" else [size for size in range(1, share + 1) if share % size == 0]
 
 
-def _sizes(spec: Training) -> list[int]:
-    """The micro-batches that are possible, ascending."""
-    if spec.micro_batch != "auto":
-        return [spec.micro_batch]
-    return [size for size in range(1, spec.batch_size + 1) if spec.batch_size % size == 0]
-
-
-def measured(spec: Training, peak: Callable[[int, float], float | None], limit: float) -> Split:
+def measured(spec: Training, sizes: list[int], peak: Callable[[int, float], float | None], limit: float) -> Split:
     """The largest micro-batch that fits with the least recomputation.
 
     peak: (sequences, share of recomputed blocks) -> GiB that a step with such micro-batches needs, or None if that ran out of memory.
     It is called for the two smallest micro-batches; memory grows linearly from there. limit: GiB.
     """
-    sizes = _sizes(spec)
     for share in RECOMPUTE if spec.recompute == "auto" else (spec.recompute,):
         first = peak(sizes[0], share)
         second = peak(sizes[1], share) if len(sizes) > 1 and first is not None and first <= limit else None

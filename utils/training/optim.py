@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import Training
+from utils.training.distributed import spread
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,6 +37,7 @@ def restore(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[st
     """Put back what `state_tensors` gave after so many updates (steps that were not skipped)."""
     for name, parameter in model.named_parameters():
         if f"{name}.exp_avg" in tensors:
-            moments = {moment: torch.empty_like(parameter).detach().copy_(tensors[f"{name}.{moment}"]) for moment in MOMENTS}
+            stored = {moment: spread(tensors[f"{name}.{moment}"], parameter) for moment in MOMENTS}
+            moments = {moment: torch.empty_like(parameter).detach().copy_(tensor) for moment, tensor in stored.items()}
             count = torch.tensor(float(updates), device=parameter.device)
             optimizer.state[parameter] = {"step": count, **moments}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Experiment, Monotone
+from configs.schema import Compute, Experiment, Monotone
 from utils.data.tokens import PackedBatches, Tokens
 from utils.models.blocks import compiles
 from utils.models.certificate import certify
@@ -16,10 +16,14 @@ from utils.models.loading import as_teacher, compute_dtype, device_of, load_mode
 from utils.run.artifacts import write_json
 from utils.run.errors import WorkFailed
 from utils.run.preemption import Stop
-from utils.training.checkpoint import TrainState
+from utils.training.checkpoint import Checkpoints, TrainState
+from utils.training.distributed import ALONE, World
+from utils.training.launch import launch
 from utils.training.loop import train
 from utils.training.metrics import read_metrics
 from utils.training.run import Run
+
+ON_CPU = Compute(device="cpu")  # for the process that keeps the books after others have trained
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,37 @@ class Files:
 
 def recover(config: Experiment, seed: int, learning_rate: float, constraint: Monotone | None, files: Files, stop: Stop, label: str) -> None:
     """Train from `files.start`, distilling from `files.base` if configured; write best and last model, metrics and history."""
+    if config.compute.parallel == "none":
+        run = prepared(config, seed, learning_rate, constraint, files, stop, label)
+        state, checkpoints = train(run)
+    else:
+        _train_together(config, seed, learning_rate, constraint, files, stop, label)
+        alone = config.model_copy(update={"compute": ON_CPU, "training": config.training.model_copy(update={"distillation": 0.0})})
+        run = prepared(alone, seed, learning_rate, constraint, files, stop, label)
+        state, checkpoints = _result(run)
+    save_model(run.model, files.last)
+    if state.best_step != run.spec.steps:
+        run.model.load_state_dict(checkpoints.model_tensors(state.best_step))
+    save_model(run.model, files.best)
+    write_json(files.history, history(config, seed, learning_rate, constraint, run, state))
+    if constraint and files.certificate:
+        _certify(config, constraint, files.best, files.certificate)
+
+
+def prepared(
+    config: Experiment,
+    seed: int,
+    learning_rate: float,
+    constraint: Monotone | None,
+    files: Files,
+    stop: Stop,
+    label: str,
+    world: World = ALONE,
+) -> Run:
+    """The run of this process, its models loaded."""
     device, spec = device_of(config.compute), config.training
-    model = load_model(files.start, device)
-    run = Run(
+    model = load_model(files.start, "cpu" if world.parallel == "fsdp2" else device)  # cut before it is put on the device
+    return Run(
         model=model,
         spec=spec,
         peak_rate=learning_rate,
@@ -56,15 +88,35 @@ def recover(config: Experiment, seed: int, learning_rate: float, constraint: Mon
         constraint=Constraint(model, constraint) if constraint else None,
         teacher=as_teacher(load_model(files.base, device), config.compute.precision) if spec.distillation else None,
         compiled=compiles(config.compute, device),
+        world=world,
     )
-    state, checkpoints = train(run)
-    save_model(model, files.last)
-    if state.best_step != spec.steps:
-        model.load_state_dict(checkpoints.model_tensors(state.best_step))
-    save_model(model, files.best)
-    write_json(files.history, history(config, seed, learning_rate, constraint, run, state))
-    if constraint and files.certificate:
-        _certify(config, constraint, files.best, files.certificate)
+
+
+def _train_together(
+    config: Experiment, seed: int, learning_rate: float, constraint: Monotone | None, files: Files, stop: Stop, label: str
+) -> None:
+    """Train in a process for each GPU; what they leave are the checkpoints and the metrics."""
+    spec = {
+        "config": config.model_dump_json(),
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "constraint": constraint.model_dump(mode="json") if constraint else None,
+        "files": {name: None if path is None else str(path.absolute()) for name, path in asdict(files).items()},
+        "label": label,
+    }
+    path = (files.state / "processes.json").absolute()
+    write_json(path, spec)
+    launch("utils.training.worker", [str(path)], config.compute, files.state, stop)
+
+
+def _result(run: Run) -> tuple[TrainState, Checkpoints]:
+    """What the processes have left, the last weights put into the run's model."""
+    checkpoints = Checkpoints(run.state_folder, run.spec.keep_last)
+    state = checkpoints.newest()
+    if state is None or state.step != run.spec.steps:
+        raise WorkFailed(f"{run.state_folder}: found no intact checkpoint of step {run.spec.steps} after training; run the stage again")
+    run.model.load_state_dict(checkpoints.model_tensors(state.step))
+    return state, checkpoints
 
 
 def _certify(config: Experiment, constraint: Monotone, folder: Path, path: Path) -> None:

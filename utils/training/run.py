@@ -12,6 +12,7 @@ from configs.schema import Training
 from utils.data.tokens import PackedBatches
 from utils.models.constraints import Constraint
 from utils.run.preemption import Stop
+from utils.training.distributed import ALONE, World
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Run:
     constraint: Constraint | None = None
     teacher: PreTrainedModel | None = None
     compiled: bool = False
+    world: World = ALONE
 
     @property
     def device(self) -> torch.device:

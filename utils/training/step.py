@@ -4,16 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from utils.models.blocks import prepare_blocks
+from utils.models.blocks import blocks, prepare_blocks
 from utils.models.head import mixed_loss
-from utils.models.likelihood import last_hidden
+from utils.models.likelihood import last_hidden, summed_nll, token_losses
 from utils.models.loading import product_dtype
 from utils.training import optim
+from utils.training.distributed import last_micro_batch, spread_out, total_norm
 from utils.training.guard import GOOD, Guard
 from utils.training.run import Run
+
+
+class Loss(nn.Module):
+    """What is computed on a micro-batch, as one module: so it can be spread over processes."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.model, self.run = run.model, run
+
+    def forward(self, ids: Tensor, each_token: bool = False) -> tuple[Tensor, Tensor]:
+        """ids (b, T + 1) -> loss and (2,) its two parts, nats summed over b*T tokens; or (b*T,) the nats of each token, and nothing."""
+        run = self.run
+        if each_token:
+            return token_losses(self.model, ids, run.precision), ids.new_zeros(0)
+        inputs, targets, goal = ids[:, :-1], ids[:, 1:].flatten(), None
+        if len(run.models) > 1:
+            with torch.no_grad():
+                goal = (last_hidden(run.models[1], inputs, run.precision), run.models[1].get_output_embeddings())
+        hidden = last_hidden(self.model, inputs, run.precision)
+        head, dtype = self.model.get_output_embeddings(), product_dtype(run.precision)
+        return mixed_loss(hidden, head, targets, dtype, goal, run.spec.distillation if goal else 0.0, run.compiled)
 
 
 class Stepper:
@@ -22,6 +46,7 @@ class Stepper:
     def __init__(self, run: Run, before_update: Callable[[], None] = lambda: None) -> None:
         self.run, self.before_update = run, before_update
         self.micro_batch, self.recompute = run.spec.batch_size, 0.0
+        self.loss = spread_out(Loss(run), blocks(run.model), run.world, run.precision)
         self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
         self.optimizer = optim.build(run.model, run.constraint.parameters if run.constraint else [], run.spec)
         self.guard = Guard(run.spec.max_loss_rise, run.device)
@@ -34,29 +59,30 @@ class Stepper:
             prepare_blocks(teacher, self.run.compiled)
 
     def __call__(self, ids: Tensor, rate: float) -> Tensor:
-        """ids (B, T + 1) on the device -> (5,) there: loss, cross-entropy, divergence (nats per token), gradient norm, verdict."""
+        """ids (B, T + 1) on the device, with several processes this one's share of the B sequences -> (5,) there: loss, cross-entropy,
+        divergence (nats per token of the whole step), gradient norm, verdict."""
         sums = torch.zeros(3, device=self.run.device)
-        for part in ids.split(self.micro_batch):
+        parts = ids.split(self.micro_batch)
+        for number, part in enumerate(parts, 1):
+            last_micro_batch(self.loss, number == len(parts))
             sums += self.gradients(part)
-        values = sums / self.run.tokens_per_step
-        found = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(found, foreach=True)
+        values = self.run.world.sum(sums) / self.run.tokens_per_step
+        norm = total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None], self.run.world)
         verdict = self.guard.judge(values[0], norm)
         self._update(norm, verdict, rate)
         return torch.cat([values, norm.reshape(1), verdict])
 
     def gradients(self, ids: Tensor) -> Tensor:
         """Add the gradient of a micro-batch, ids (b, T + 1); returns (3,) its loss and the two parts, nats summed over b*T tokens."""
-        run, inputs, targets = self.run, ids[:, :-1], ids[:, 1:].flatten()
-        goal = None
-        if len(run.models) > 1:
-            with torch.no_grad():
-                goal = (last_hidden(run.models[1], inputs, run.precision), run.models[1].get_output_embeddings())
-        hidden = last_hidden(run.model, inputs, run.precision)
-        head, dtype = run.model.get_output_embeddings(), product_dtype(run.precision)
-        loss, parts = mixed_loss(hidden, head, targets, dtype, goal, run.spec.distillation if goal else 0.0, run.compiled)
-        (loss / run.tokens_per_step).backward()
+        loss, parts = self.loss(ids)
+        (loss * (self.run.world.size / self.run.tokens_per_step)).backward()  # the mean over the processes is to be their sum
         return torch.cat([loss.detach().reshape(1), parts])
+
+    def mean_nll(self, sequences: NDArray[np.int64]) -> float:
+        """Validation loss over sequences (n, T + 1), which the processes share: nats per token."""
+        world = self.run.world
+        total = summed_nll(lambda ids: self.loss(ids, True)[0], sequences, self.micro_batch, self.run.device, world.rank, world.size)
+        return float(world.sum(total)) / (sequences.shape[0] * (sequences.shape[1] - 1))
 
     def warm_up(self, ids: Tensor) -> None:
         """Have a micro-batch's code compiled; changes nothing."""

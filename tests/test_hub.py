@@ -161,6 +161,14 @@ def test_a_revision_and_a_file_that_are_not_there(hub: Hub, commit: str, folder:
         get(folder, "train/*.zst")
 
 
+def test_a_file_that_is_listed_and_not_there(hub: Hub, commit: str, folder: Path) -> None:
+    pinned = Repository("dataset", "org/pile", commit)
+    listing(pinned, folder)
+    del hub.repos["dataset", "org/pile"].commits[commit]["data/a.jsonl.zst"]
+    with pytest.raises(Unavailable, match=r"data/a\.jsonl\.zst of dataset org/pile@.*: the hub has no such file in it; check the path"):
+        get(folder, repository=pinned)
+
+
 def test_a_token_is_used_and_never_said(
     hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,8 +195,9 @@ def test_the_wait_that_the_hub_asks_for_is_granted_within_bounds(hub: Hub, monke
 
 def test_a_damaged_file_is_fetched_again(hub: Hub, commit: str, folder: Path) -> None:
     path = get(folder).paths["data/a.jsonl.zst"]
-    path.resolve().write_bytes(ROWS[:-1] + b"?")
-    assert contents(get(folder)) == WANTED
+    for harmed in (ROWS[:-1] + b"?", ROWS[:-1]):
+        path.resolve().write_bytes(harmed)
+        assert contents(get(folder)) == WANTED
 
 
 def test_a_disk_without_room_is_refused_before_the_fetch(hub: Hub, commit: str, folder: Path, free: Callable[[float], None]) -> None:
@@ -250,3 +259,13 @@ def test_a_cache_of_the_users_own_is_honoured(tmp_path: Path, monkeypatch: pytes
     mine = {"HF_HOME": str(tmp_path / "mine"), "PATH": ""}
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=mine, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == str(tmp_path / "mine/hub")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "theirs"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "theirs"))
+    assert hub_module.root(tmp_path) == tmp_path / "theirs"
+
+
+def test_what_arrives_may_be_renamed_while_it_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "a.incomplete").write_bytes(bytes(7))
+    assert hub_module._arriving(tmp_path) == 7
+    (tmp_path / "b.incomplete").symlink_to(tmp_path / "gone")
+    assert hub_module._arriving(tmp_path) == 0

@@ -12,8 +12,11 @@ from pathlib import Path
 import huggingface_hub.constants
 import pyarrow
 import pytest
+import torch
 import zstandard
 from pyarrow import parquet
+from safetensors.torch import load as load_weights
+from safetensors.torch import save as save_weights
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -111,6 +114,17 @@ def test_offline_finds_a_damaged_file(study: Hub, own_folders: Path, capsys: pyt
     code, found, said = look(capsys, "--offline")
     assert code == 1 and found["model files"] == "no"
     assert "model.safetensors differs from the hub's SHA-256 (1 of " in said
+
+
+def test_offline_names_what_was_taken_away(study: Hub, own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert look(capsys, "--full")[0] == 0
+    cache = own_folders / "scratch/foundation_llm_cache/hub"
+    (cache / f"datasets--monology--pile-uncopyrighted/snapshots/{PILE.revision}/train/00.jsonl.zst").unlink()
+    (cache / f"models--EleutherAI--pythia-1.4b/snapshots/{STUDY.model.revision}/tokenizer.json").unlink()
+    code, found, said = look(capsys, "--offline")
+    assert code == 1 and all(found[name] == "no" for name in ("text files", "first rows", "tokenizer", "model files", "offline use"))
+    assert "train/00.jsonl.zst is missing (1 of 3 files)" in said and "tokenizer.json is missing" in said
+    assert f"train/00.jsonl.zst of dataset {PILE.name}@{PILE.revision} is not on this machine" in said
 
 
 def unlike(files: dict[str, bytes], **changes: bytes | None) -> dict[str, bytes]:
@@ -248,6 +262,46 @@ def test_parquet_rows_are_left_to_full(study: Hub, tmp_path: Path, capsys: pytes
     assert code == 0 and "not looked at: train (Parquet, --full)" in said
     code, _, said = look(capsys, "--full", *parted)
     assert code == 0 and "train: unknown, validation: Pile-CC" in said
+
+
+def test_only_parquet(study: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study.add("dataset", "some/tables", {f"{name}.parquet": b"never read" for name in ("a", "b", "c")})
+    entries = [
+        *("--set", "data.files.train=[hf://datasets/some/tables/a.parquet]"),
+        *(
+            "--set",
+            "data.files.validation=[hf://datasets/some/tables/b.parquet]",
+            "--set",
+            "data.files.test=[hf://datasets/some/tables/c.parquet]",
+        ),
+    ]
+    code, found, said = look(capsys, *entries)
+    assert code == 0 and found["first rows"] == "skip" and "Parquet files are read whole: --full" in said
+
+
+def test_local_text_and_a_fallback_that_lacks_a_split(study: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}.jsonl.zst").write_bytes(ROWS)
+    study.add("dataset", "allenai/c4", {"en/train.json.gz": b"", "en/test.json.gz": b""})
+    files = {name: [str(tmp_path / f"{name}.jsonl.zst")] for name in ("train", "validation", "test")}
+    code, found, said = look(capsys, "--set", f"data.files={json.dumps(files)}", *FALLBACK)
+    assert code == 0 and found["text files"] == found["first rows"] == "ok"
+    assert found["fallback"] == "warn" and "holds no file like en/validation.json.gz" in said
+
+
+def test_a_small_model_that_computes_nonsense(study: Hub, model_folder: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {name: torch.full_like(tensor, float("nan")) for name, tensor in load_weights(model_folder["model.safetensors"]).items()}
+    study.add("model", "EleutherAI/pythia-14m", model_folder | {"model.safetensors": save_weights(weights, metadata={"format": "pt"})})
+    code, found, said = look(capsys)
+    assert code == 1 and found["small model"] == "no" and "EleutherAI/pythia-14m computes the loss nan" in said
+
+
+def test_interrupted_by_hand(study: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(look: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("verify_downloads.download_checks", interrupt)
+    assert main([]) == 130
 
 
 def test_an_experiment_without_the_hub(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -343,21 +343,21 @@ def _arriving(blobs: Path) -> int:
         return 0
 
 
-def patiently(work: Callable[[], T], what: str) -> T:
+def patiently(work: Callable[[], T], what: str, waits: Sequence[float] | None = None) -> T:
     """Do it, and do it again after a while where the cause may pass. Raises Unavailable with the cause and the way out."""
-    for wait in (*WAITS, None):
-        try:
-            return work()
-        except Exception as error:
-            cause = _cause(error)
-            if cause is None:
-                raise
-            if wait is None or not cause.passing:
-                raise Unavailable(f"{what}: {cause.words}") from None
-            wait = min(max(wait, cause.wait), LONGEST_WAIT)
-            print(f"  hub: {what}: {cause.words.split(';')[0]}; trying again in {wait:.0f} s", flush=True)
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+    waits = WAITS if waits is None else waits
+    try:
+        return work()
+    except Exception as error:
+        cause = _cause(error)
+        if cause is None:
+            raise
+        if not waits or not cause.passing:
+            raise Unavailable(f"{what}: {cause.words}") from None
+    wait = min(max(waits[0], cause.wait), LONGEST_WAIT)
+    print(f"  hub: {what}: {cause.words.split(';')[0]}; trying again in {wait:.0f} s", flush=True)
+    time.sleep(wait)
+    return patiently(work, what, waits[1:])
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from configs.schema import Experiment, Monotone
 from tests.builders import VOCABULARY, small_model
-from utils.models.constraints import SMALLEST, Constraint, Softplus, non_negative_start
+from utils.models.constraints import SMALLEST, Constraint, Softplus
 from utils.models.ffn import constrained_weights
 from utils.models.likelihood import cross_entropy_sum
+from utils.models.orders import all_plus
+from utils.models.starts import start_within
 from utils.training import optim
 
 SCOPES = ("mlp_in", "mlp_both", "mlp_in_attn_out")
@@ -25,6 +28,10 @@ OPTIMISERS: list[Callable[[list[Tensor]], torch.optim.Optimizer]] = [
 
 def spec(parametrisation: str, scope: str = "mlp_both", **settings: str) -> Monotone:
     return Monotone.model_validate({"parametrisation": parametrisation, "scope": scope, **settings})
+
+
+def non_negative_start(model: PreTrainedModel, settings: Monotone) -> dict[str, float]:
+    return start_within(model, settings, all_plus(model), torch.zeros(1, 1, dtype=torch.long), None)
 
 
 def loss(model: torch.nn.Module) -> Tensor:
@@ -56,8 +63,8 @@ def test_softplus_starts_where_the_weights_are(scope: str) -> None:
     shares = non_negative_start(model, spec("softplus", scope))
     before = {name: linear.weight.clone() for name, linear in constrained_weights(model, scope).items()}
     constraint = Constraint(model, spec("softplus", scope))
-    assert before.keys() == constraint.linears.keys() == shares.keys()
-    for name, linear in constraint.linears.items():
+    assert before.keys() == constraint.maps.keys() == shares.keys()
+    for name, linear in constraint.maps.items():
         assert torch.allclose(linear.weight, before[name], rtol=3e-6, atol=0)
         assert bool((linear.weight > 0).all())
     trained = {id(parameter) for parameter in model.parameters()}
@@ -127,7 +134,7 @@ def test_softplus_stays_non_negative_under_large_steps() -> None:
     before = [parameter.detach().clone() for parameter in constraint.parameters]
     constraint.project()
     assert all(torch.equal(parameter, old) for parameter, old in zip(constraint.parameters, before, strict=True))
-    assert all(float(linear.weight.detach().min()) >= 0 for linear in constraint.linears.values())
+    assert all(float(linear.weight.detach().min()) >= 0 for linear in constraint.maps.values())
 
 
 def test_the_start_suits_the_parametrisation() -> None:

@@ -109,6 +109,8 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints
     if state is None:
         return TrainState()
     run.model.load_state_dict(checkpoints.model_tensors(state.step))
+    if run.constraint:
+        run.constraint.resume(state.step, run.spec.steps)
     optim.restore(optimizer, run.model, checkpoints.optimizer_tensors(state.step), state.step)
     state.resumed_at.append(state.step)
     print(f"  going on from step {state.step} of {run.spec.steps}")
@@ -130,7 +132,7 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, step: int, rate: float) ->
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if run.constraint:
-        run.constraint.project()
+        run.constraint.project(step, run.spec.steps)
     return torch.cat([sums / tokens, norm.reshape(1)])
 
 
@@ -154,7 +156,8 @@ def _validated(run: Run, state: TrainState, log: MetricsLog) -> str:
         raise WorkFailed(
             f"step {state.step}: the validation loss is {nll}; lower the learning rate (now {run.peak_rate:g}) and run with --discard"
         )
-    if state.best_nll is None or nll < state.best_nll:
+    arrived = run.constraint is None or run.constraint.complete  # an annealed bound on its way is no constraint yet
+    if arrived and (state.best_nll is None or nll < state.best_nll):
         state.best_nll, state.best_step = nll, state.step
     log.write({"step": state.step, "validation_nll": nll, "validation_perplexity": math.exp(min(nll, 700.0))})
     return f"validation {nll:.4f} nats/token"

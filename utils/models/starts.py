@@ -22,9 +22,9 @@ def visit_inputs(model: PreTrainedModel, ids: Tensor, visit: Callable[[FFN, Tens
     """Run the model on ids (B, T) and call `visit` with each sublayer and its inputs x (B*T, d), bottom to top."""
 
     def seen(ffn: FFN) -> Callable[..., None]:
-        return lambda module, inputs: visit(ffn, inputs[0].flatten(0, -2))
+        return lambda module, inputs, output: visit(ffn, output.flatten(0, -2))
 
-    handles = [ffn.into[0].module.register_forward_pre_hook(seen(ffn)) for ffn in feed_forward(model)]
+    handles = [ffn.norm.register_forward_hook(seen(ffn)) for ffn in feed_forward(model)]
     try:
         model.base_model(ids)
     finally:

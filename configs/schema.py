@@ -177,9 +177,9 @@ class Monotone(Section):
         description="gain of the norm in front of each sublayer: free; kept non-negative; or folded into W and frozen at one (default of "
         "directions, whose order is that of the residual stream)"
     )
-    margin: Annotated[float, Field(ge=0, lt=1)] = Field(
-        description="how far inside the constraint directions are kept, in units of W, so that it holds after rounding to bf16 "
-        "(default 1e-3 for directions); orders of coordinates survive rounding and take 0"
+    margin: Annotated[float, Field(ge=0, le=100)] = Field(
+        description="how far inside the constraint directions are kept, in units of the largest error that rounding W to bf16 can cause "
+        "(default 1.1 for directions); orders of coordinates survive rounding and take 0"
     )
 
     @model_validator(mode="before")
@@ -189,7 +189,7 @@ class Monotone(Section):
             return given
         rotated = given.get("order") == "directions"
         start = {"softplus": "abs", "exp": "abs", "abs": "abs", "annealed": "base"}.get(str(given.get("parametrisation")), "clamp")
-        return {"start": start, "norm_gain": "fold" if rotated else "free", "margin": 1e-3 if rotated else 0.0} | given
+        return {"start": start, "norm_gain": "fold" if rotated else "free", "margin": 1.1 if rotated else 0.0} | given
 
     @model_validator(mode="after")
     def _check(self) -> Monotone:

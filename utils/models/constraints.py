@@ -150,10 +150,8 @@ class Constraint:
             torch._foreach_clamp_min_(self.parameters, 0.0)
             return
         for name, chosen in self.maps.items():
-            floor: Tensor | float = (1.0 - self.share) * self.spec.margin
-            if self.share > 0.0:
-                floor = floor + self.share * self.bounds[name].to(torch.float64 if self.order.rotated else torch.float32)
-            self.order.project(chosen, floor)
+            floor = self.share * self.bounds[name] if self.share > 0.0 else 0.0
+            self.order.project(chosen, floor, (1.0 - self.share) * self.spec.margin)
 
     def _move_to(self, share: float) -> None:
         if share == self.share:

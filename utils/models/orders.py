@@ -29,6 +29,7 @@ from utils.models.ffn import FFN, Map, feed_forward
 from utils.run.artifacts import published
 from utils.run.errors import InputError
 
+BF16_ROUNDING = 2.0**-9  # largest relative error of rounding to the nearest bf16 number
 ROUNDS = 50  # of the alternation; it stops by itself after about ten
 
 
@@ -61,9 +62,9 @@ class Order:
         return entries if self.kind == "all_plus" else self.sign(chosen).to(entries.dtype) * entries
 
     @torch.no_grad()
-    def project(self, chosen: Map, floor: Tensor | float = 0.0) -> None:
-        """Replace the map's weight in place by the nearest (Euclidean) one with `constrained` >= floor."""
-        projected(self, chosen.by_unit, self.sign(chosen), floor, out=chosen.by_unit)
+    def project(self, chosen: Map, floor: Tensor | float = 0.0, margin: float = 0.0) -> None:
+        """Replace the map's weight in place by the nearest (Euclidean) one with `constrained` >= floor + margin (see `projected`)."""
+        projected(self, chosen.by_unit, self.sign(chosen), floor, margin, out=chosen.by_unit)
 
     def readout(self, x: Tensor) -> Tensor:
         """x (..., d) -> (..., d) or (..., k): coordinates in which the order is compared."""
@@ -95,15 +96,21 @@ class Order:
 
 
 @torch.no_grad()
-def projected(order: Order, by_unit: Tensor, sign: Tensor, floor: Tensor | float = 0.0, out: Tensor | None = None) -> Tensor:
+def projected(
+    order: Order, by_unit: Tensor, sign: Tensor, floor: Tensor | float = 0.0, margin: float = 0.0, out: Tensor | None = None
+) -> Tensor:
     """by_unit (m, d), sign (m, 1), floor broadcastable to the constrained entries -> the nearest matrix within the constraint.
 
     Coordinates are clipped. For directions W + (clip(U) - U) B^T with U = W B: it changes U to clip(U), since B^T B = 1, and nothing
-    orthogonal to B; computed in fp64, so that only the rounding of W to its own format is left (hence `monotone.margin`).
+    orthogonal to B; computed in fp64, so that only the rounding of W to the format that runs is left. For that is the margin, in units
+    of BF16_ROUNDING |w| for a row w: since each entry is rounded by a share of itself and each column of B has length 1, no entry of
+    W B moves by more.
     """
     out = by_unit.clone() if out is None else out
     if order.rotated:
         entries, sign = order.entries(by_unit), sign.double()
+        if margin:
+            floor = floor + margin * BF16_ROUNDING * torch.linalg.vector_norm(by_unit, dim=1, keepdim=True, dtype=torch.float64)
         excess = sign * torch.clamp(floor - sign * entries, min=0.0)
         return out.add_((excess @ order.axes.to(excess).T).to(out.dtype))
     if order.kind == "all_plus":

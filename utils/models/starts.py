@@ -62,7 +62,7 @@ def start_within(model: PreTrainedModel, spec: Monotone, order: Order, ids: Tens
             _absolute(chosen, order)
     if spec.start != "base":
         for chosen in maps.values():
-            order.project(chosen, spec.margin)
+            order.project(chosen, margin=spec.margin)
             if kind := PARAMETRISATIONS.get(spec.parametrisation):
                 _raise_to_smallest(chosen, order, kind())
     return outside
@@ -144,13 +144,13 @@ def nearest(
     the hidden units a: inner = E a a^T (m, m), cross = E a y^T (m, d); with `centred` errors along all-ones do not count.
     """
     step = 1.0 / torch.linalg.matrix_norm(inner, 2).clamp(min=1e-30)
-    weight = projected(order, start.clone(), sign.double(), margin)
+    weight = projected(order, start, sign.double(), margin=margin)
     ahead, momentum = weight, 1.0
     for _ in range(ITERATIONS):
         error = inner @ ahead - cross if to_outputs else ahead @ inner - cross.T
         if centred:
             error = error - error.mean(dim=1, keepdim=True)
-        better = projected(order, ahead - step * error, sign.double(), margin)
+        better = projected(order, ahead - step * error, sign.double(), margin=margin)
         following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = better + (momentum - 1) / following * (better - weight)
         weight, momentum = better, following

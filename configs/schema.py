@@ -257,6 +257,11 @@ class Evaluate(Section):
     context: Positive = Field(description="window in tokens, the end-of-text prefix included")
     stride: Positive = Field(description="new tokens scored by each further window of a document")
     batch_size: Positive = Field(description="windows a forward pass")
+    order_sequences: Positive = Field(16, description="test sequences on which the residual stream is pushed along the order")
+    order_push: Annotated[float, Field(gt=0, le=10)] = Field(
+        0.1, description="root mean square of the push, as a share of the standard deviation of the residual stream's coordinates"
+    )
+    order_null_fits: Positive = Field(8, description="probes fitted to shuffled labels")
 
     @model_validator(mode="after")
     def _check(self) -> Evaluate:

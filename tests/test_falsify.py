@@ -10,7 +10,7 @@ import torch
 from configs.schema import Monotone
 from tests.architectures import GATED, PLAIN, VOCABULARY, architecture
 from utils.models.convert import convert
-from utils.models.falsify import _Draw, falsify, norm_pairs, pushed
+from utils.models.falsify import Draw, falsify, norm_pairs, pushed
 from utils.models.ffn import feed_forward
 from utils.models.orders import all_plus, choose_order
 
@@ -30,7 +30,7 @@ def test_pairs_behind_the_norm_are_outputs_of_it_and_ordered(order_name: str, ki
     model = architecture(kind).double()
     order, _ = choose_order(model, spec(order_name, kind), torch.eye(16))
     ffn = feed_forward(model)[0]
-    low, high, comparable = norm_pairs(ffn, order, _Draw(order, torch.device("cpu"), torch.float64, 0))
+    low, high, comparable = norm_pairs(ffn, order, Draw(order, torch.device("cpu"), torch.float64, 0))
     vacuous = kind == "gpt_neox" and order_name in ("all_plus", "unit_signs")
     assert int(comparable.sum()) == 0 if vacuous else int(comparable.sum()) > 0.7 * len(comparable)
     with torch.no_grad():
@@ -86,9 +86,7 @@ def test_a_model_that_is_monotone_all_the_way_passes_block_and_depth(kind: str) 
                 chosen.weight.zero_()
                 if chosen.bias is not None:
                     chosen.bias.zero_()
-    change = pushed(
-        model.requires_grad_(False), IDS, feed_forward(model)[0], last, _Draw(order, torch.device("cpu"), torch.float64, 1), 0.1
-    )
+    change = pushed(model.requires_grad_(False), IDS, feed_forward(model)[0], last, Draw(order, torch.device("cpu"), torch.float64, 1), 0.1)
     assert float(change.min()) >= 0 and float(change.max()) > 0.1
     found = falsify(model, order)
     assert found["block"]["violated"] == found["depth"]["violated"] == 0

@@ -36,7 +36,7 @@ def falsify(model: PreTrainedModel, order: Order, seed: int = 0) -> dict[str, An
     """
     dtype = torch.float64 if model.num_parameters() <= EXACT_UP_TO else torch.float32
     model = copy.deepcopy(model).to(dtype)
-    draw = _Draw(order, model.device, dtype, seed)
+    draw = Draw(order, model.device, dtype, seed)
     sublayers = feed_forward(model)
     counts = {name: _Count(order, ROUNDING[dtype]) for name in ("derivative", "pairs_anywhere", "pairs_behind_norm", "block", "depth")}
     for ffn in sublayers:
@@ -68,7 +68,7 @@ class _Count:
         return {"tried": self.tried, "violated": self.violated, "deepest": self.deepest}
 
 
-class _Draw:
+class Draw:
     """Random vectors, the same on every device."""
 
     def __init__(self, order: Order, device: torch.device, dtype: torch.dtype, seed: int) -> None:
@@ -88,7 +88,7 @@ class _Draw:
         return push / push.square().mean(dim=-1, keepdim=True).sqrt()
 
 
-def _try_sublayer(ffn: FFN, order: Order, draw: _Draw, counts: dict[str, _Count]) -> None:
+def _try_sublayer(ffn: FFN, order: Order, draw: Draw, counts: dict[str, _Count]) -> None:
     width, gain = ffn.width, ffn.gain()
     shift = ffn.shift_parameter
     size = float(gain.abs().mean())
@@ -102,7 +102,7 @@ def _try_sublayer(ffn: FFN, order: Order, draw: _Draw, counts: dict[str, _Count]
     counts["pairs_behind_norm"].add(ffn(through[1]) - ffn(through[0]), comparable)
 
 
-def norm_pairs(ffn: FFN, order: Order, draw: _Draw, count: int = PAIRS) -> tuple[Tensor, Tensor, Tensor]:
+def norm_pairs(ffn: FFN, order: Order, draw: Draw, count: int = PAIRS) -> tuple[Tensor, Tensor, Tensor]:
     """(low, high, comparable): two (n, d) of normalised vectors, both of length sqrt(d) and, behind a LayerNorm, of mean zero, with
     high - low in the cone where `comparable` (n,) says so.
 
@@ -129,7 +129,7 @@ def _mean_free(step: Tensor, order: Order) -> Tensor:
     return (rise * downs + fall * ups) / (ups + downs)
 
 
-def pushed(model: PreTrainedModel, ids: Tensor, first: FFN, last: FFN, draw: _Draw, scale: float) -> Tensor:
+def pushed(model: PreTrainedModel, ids: Tensor, first: FFN, last: FFN, draw: Draw, scale: float) -> Tensor:
     """Change (B, T, d) behind the block of `last` when the input of `first`'s block is pushed along the cone at all positions."""
     seen: list[Tensor] = []
     with watching(last.block, seen.append):

@@ -86,7 +86,13 @@ def test_a_model_that_is_monotone_all_the_way_passes_block_and_depth(kind: str) 
                 chosen.weight.zero_()
                 if chosen.bias is not None:
                     chosen.bias.zero_()
-    change = pushed(model.requires_grad_(False), IDS, feed_forward(model)[0], last, Draw(order, torch.device("cpu"), torch.float64, 1), 0.1)
+    change = pushed(
+        model.requires_grad_(False),
+        IDS,
+        feed_forward(model)[0].block,
+        last.block,
+        Draw(order, torch.device("cpu"), torch.float64, 1).push(0.1),
+    )
     assert float(change.min()) >= 0 and float(change.max()) > 0.1
     found = falsify(model, order)
     assert found["block"]["violated"] == found["depth"]["violated"] == 0

@@ -18,7 +18,7 @@ from configs.schema import Evaluate, Experiment
 from utils.data.ordered_texts import Pair, ordered_pairs
 from utils.data.tokenizer import load_tokenizer
 from utils.data.tokens import PackedBatches, Tokens
-from utils.models.falsify import Draw, pushing, watching
+from utils.models.falsify import Draw
 from utils.models.ffn import feed_forward
 from utils.models.loading import device_of, load_model
 from utils.models.orders import Order
@@ -75,15 +75,11 @@ def _pushed_at(
     signs = torch.where(torch.rand(weights.shape, generator=draw.generator) < 0.5, -1.0, 1.0).to(ids.device)
     direction = order.cone((weights * chosen).to(ids.device))
     direction = direction / direction.square().mean(dim=-1, keepdim=True).sqrt()
-    seen: list[Tensor] = []
-    with watching(last, seen.append):
-        model.base_model(ids, use_cache=False)
-    with (
-        pushing(block, lambda hidden: hidden + size * hidden.std(dim=-1, keepdim=True) * direction.to(hidden)),
-        watching(last, seen.append),
-    ):
-        model.base_model(ids, use_cache=False)
-    change = order.readout(seen[1] - seen[0])  # (B, T, axes)
+
+    def push(hidden: Tensor) -> Tensor:
+        return hidden + size * hidden.std(dim=-1, keepdim=True) * direction.to(hidden)
+
+    change = order.readout(pushed(model, ids, block, last, push))  # (B, T, axes)
     floor = -ROUNDING * change.abs().amax(dim=-1, keepdim=True)
     chosen = chosen.to(ids.device)
     kept = {

@@ -20,6 +20,8 @@ from utils.models.lift import EXACT_UP_TO
 from utils.models.orders import Order
 
 SCALES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the push, as a share of the standard deviation of the input's coordinates
+Push = Callable[[Tensor], Tensor]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 PAIRS = 256  # for each sublayer and scale
 SEQUENCES = (4, 16)  # sequences and random tokens for blocks and depth
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest change of the output
@@ -42,10 +44,13 @@ def falsify(model: PreTrainedModel, order: Order, seed: int = 0) -> dict[str, An
     for ffn in sublayers:
         _try_sublayer(ffn, order, draw, counts)
     ids = torch.randint(model.config.vocab_size, SEQUENCES, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    calls = block_calls(model, ids)
     for scale in SCALES:
-        for ffn in sublayers:
-            counts["block"].add(pushed(model, ids, ffn, ffn, draw, scale))
-        counts["depth"].add(pushed(model, ids, sublayers[0], sublayers[-1], draw, scale))
+        push = draw.push(scale)
+        for ffn, (inputs, named) in zip(sublayers, calls, strict=True):
+            pushed_inputs, pushed_named = _replaced(inputs, named, push)
+            counts["block"].add(_hidden(ffn.block(*pushed_inputs, **pushed_named)) - _hidden(ffn.block(*inputs, **named)))
+        counts["depth"].add(pushed(model, ids, sublayers[0].block, sublayers[-1].block, push))
     return {"format": str(dtype).removeprefix("torch."), "scales": list(SCALES)} | {name: count.result() for name, count in counts.items()}
 
 
@@ -86,6 +91,10 @@ class Draw:
         alone = (torch.rand((*shape, 1), generator=self.generator) < 0.1) | ~dense.any(dim=-1, keepdim=True)
         push = self.order.cone(torch.where(alone, single, dense).to(self.device, self.dtype))
         return push / push.square().mean(dim=-1, keepdim=True).sqrt()
+
+    def push(self, scale: float) -> Push:
+        """A push of hidden states (..., d) by `scale` standard deviations of their coordinates."""
+        return lambda hidden: hidden + scale * hidden.std(dim=-1, keepdim=True) * self.cone(*hidden.shape[:-1])
 
 
 def _try_sublayer(ffn: FFN, order: Order, draw: Draw, counts: dict[str, _Count]) -> None:
@@ -129,40 +138,57 @@ def _mean_free(step: Tensor, order: Order) -> Tensor:
     return (rise * downs + fall * ups) / (ups + downs)
 
 
-def pushed(model: PreTrainedModel, ids: Tensor, first: FFN, last: FFN, draw: Draw, scale: float) -> Tensor:
-    """Change (B, T, d) behind the block of `last` when the input of `first`'s block is pushed along the cone at all positions."""
+def pushed(model: PreTrainedModel, ids: Tensor, first: nn.Module, last: nn.Module, push: Push) -> Tensor:
+    """Change (B, T, d) of the hidden states behind the block `last` when those that enter the block `first` are pushed."""
     seen: list[Tensor] = []
-    with watching(last.block, seen.append):
+    with watching(last, seen.append):
         model.base_model(ids, use_cache=False)
-
-    def push(hidden: Tensor) -> Tensor:
-        return hidden + scale * hidden.std(dim=-1, keepdim=True) * draw.cone(*hidden.shape[:-1])
-
-    with pushing(first.block, push), watching(last.block, seen.append):
-        model.base_model(ids, use_cache=False)
+        with pushing(first, push):
+            model.base_model(ids, use_cache=False)
     return seen[1] - seen[0]
 
 
+def block_calls(model: PreTrainedModel, ids: Tensor) -> list[Call]:
+    """What each block is called with, bottom to top, when the model reads ids (B, T)."""
+    calls: list[Call] = []
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls.append((inputs, named))
+
+    handles = [ffn.block.register_forward_pre_hook(hook, with_kwargs=True) for ffn in feed_forward(model)]
+    try:
+        model.base_model(ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
 @contextmanager
-def pushing(block: nn.Module, push: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def pushing(block: nn.Module, push: Push) -> Iterator[None]:
     """Inside, the hidden states (B, T, d) that enter a block are replaced by push(hidden)."""
-
-    def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if inputs:
-            return (push(inputs[0]), *inputs[1:]), named
-        return inputs, named | {"hidden_states": push(named["hidden_states"])}
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = block.register_forward_pre_hook(lambda module, inputs, named: _replaced(inputs, named, push), with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
+def _replaced(inputs: tuple[Any, ...], named: dict[str, Any], push: Push) -> Call:
+    """A block's arguments with its hidden states pushed, however they are given."""
+    if inputs:
+        return (push(inputs[0]), *inputs[1:]), named
+    return inputs, named | {"hidden_states": push(named["hidden_states"])}
+
+
+def _hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
 def watching(block: nn.Module, see: Callable[[Tensor], object]) -> Iterator[None]:
     """Inside, `see` gets the hidden states (B, T, d) that leave a block."""
-    handle = block.register_forward_hook(lambda module, inputs, output: see(output[0] if isinstance(output, tuple) else output) and None)
+    handle = block.register_forward_hook(lambda module, inputs, output: see(_hidden(output)) and None)
     try:
         yield
     finally:

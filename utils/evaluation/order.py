@@ -18,7 +18,7 @@ from configs.schema import Evaluate, Experiment
 from utils.data.ordered_texts import Pair, ordered_pairs
 from utils.data.tokenizer import load_tokenizer
 from utils.data.tokens import PackedBatches, Tokens
-from utils.models.falsify import Draw
+from utils.models.falsify import Draw, pushed
 from utils.models.ffn import feed_forward
 from utils.models.loading import device_of, load_model
 from utils.models.orders import Order

@@ -14,6 +14,7 @@ from utils.models.gated import Rectified
 from utils.models.lift import lifted_control
 from utils.models.orders import Order, all_plus
 
+Range = tuple[Tensor, Tensor]
 WORST = -3e38  # stands for NaN, which no comparison would find
 WORDS = {
     "all_plus": "product order: every residual coordinate",
@@ -73,9 +74,15 @@ def _control(
 
 
 def _tests(model: PreTrainedModel, scope: str, dtype: torch.dtype, order: Order) -> dict[str, Any]:
-    scoped = {name: _facts(chosen, dtype, order) for name, chosen in constrained_weights(model, scope).items()}
-    falls = _Falls(dtype)
-    layers = [_layer(ffn, dtype, order, falls) for ffn in feed_forward(model)]
+    falls, scope_maps, ranges = _Falls(dtype), constrained_weights(model, scope), dict[str, Range]()
+    layers = []
+    for ffn in feed_forward(model):
+        own = {chosen.name: _range(chosen, dtype, order) for chosen in ffn.maps}
+        layers.append(_layer(ffn, dtype, order, falls, list(own.values())))
+        ranges |= own
+    scoped = {}
+    for name, chosen in scope_maps.items():
+        scoped[name] = _facts(chosen, dtype, order, ranges[name] if name in ranges else _range(chosen, dtype, order))
     return {
         "constraint_holds": all(facts["negative"] == 0 for facts in scoped.values()),
         "ffn_monotone": all(layer["monotone"] for layer in layers),
@@ -101,26 +108,37 @@ class _Falls:
         return self.known[repr(activation)]
 
 
-def _facts(chosen: Map, dtype: torch.dtype, order: Order) -> dict[str, Any]:
-    """Entries, how many are against their sign (NaN too), and the smallest one, with the sign plus for right."""
-    entries = _cast(chosen, dtype, order) * (1.0 if order.kind == "all_plus" else order.sign(chosen))
-    negative = entries.numel() - int((entries >= 0).sum())
-    return {"entries": entries.numel(), "negative": negative, "minimum": _smallest(entries)}
+def _range(chosen: Map, dtype: torch.dtype, order: Order, gain: Tensor | None = None) -> Range:
+    """(m,), (m,): for each unit the margin of its entries along the order's axes with sign plus (their minimum) and with minus; NaN
+    stays NaN. One pass over the weight that runs."""
+    low, high = torch.aminmax(_cast(chosen, dtype, order, gain), dim=1)
+    return low.double(), -high.double()
 
 
 def _cast(chosen: Map, dtype: torch.dtype, order: Order, gain: Tensor | None = None) -> Tensor:
     """(m, d or k): the map's entries along the order's axes, from the weight that runs (times the gain in front of it)."""
-    by_unit = chosen.by_unit.to(dtype).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+    by_unit = chosen.by_unit.to(dtype)
     if gain is not None:
         by_unit = by_unit.double() * gain.double()
     return by_unit if order.kind in ("all_plus", "unit_signs") else order.entries(by_unit)
+
+
+def _facts(chosen: Map, dtype: torch.dtype, order: Order, own: Range) -> dict[str, Any]:
+    """Entries, how many are against the order's and their unit's sign (NaN too), and the smallest one, with the sign plus for right."""
+    sign = order.sign(chosen)
+    margins = torch.where(sign[:, 0] > 0, *own)
+    entries, negative = len(margins) * order.size, 0
+    if not bool((margins >= 0).all()):
+        signed = _cast(chosen, dtype, order) * sign.to(dtype)
+        negative = entries - int((signed >= 0).sum())
+    return {"entries": entries, "negative": negative, "minimum": _smallest(margins)}
 
 
 def _smallest(entries: Tensor) -> float:
     return float(torch.nan_to_num(entries.amin(), nan=WORST, neginf=WORST))
 
 
-def _layer(ffn: FFN, dtype: torch.dtype, order: Order, activation_falls: _Falls) -> dict[str, Any]:
+def _layer(ffn: FFN, dtype: torch.dtype, order: Order, activation_falls: _Falls, ranges: list[Range]) -> dict[str, Any]:
     falls, deepest, negative = activation_falls(ffn.activation, ffn.out.weight.device)
     reasons, gain = [], ffn.gain().detach()
     if falls:
@@ -129,14 +147,12 @@ def _layer(ffn: FFN, dtype: torch.dtype, order: Order, activation_falls: _Falls)
         reasons.append(f"the gate {type(ffn.activation).__name__} may be negative, which reverses what it multiplies")
     if ffn.gated and not isinstance(ffn.into[1].module, Rectified):
         reasons.append("the map beside the gate may give negative numbers, which reverses the gate")
-    blocks = [_cast(chosen, dtype, order) for chosen in ffn.maps]
-    plus = torch.stack([block.amin(dim=1) for block in blocks], dim=1)  # (m, maps): margins of the units with t = +1
-    minus = torch.stack([-block.amax(dim=1) for block in blocks], dim=1)
+    plus, minus = (torch.stack(side, dim=1) for side in zip(*ranges, strict=True))  # (m, maps): margins of the units, t = +1 and t = -1
     margins = torch.maximum(plus.amin(dim=1), minus.amin(dim=1))
     wrong = int((~(margins >= 0)).sum())
     if wrong:
         reasons += _where(ffn, plus, minus)
-    before_gain = not reasons and _holds_before_gain(ffn, dtype, order, gain, blocks[-1])
+    before_gain = not reasons and _holds_before_gain(ffn, dtype, order, gain, ranges[-1])
     return {
         "name": ffn.name,
         "monotone": not reasons,
@@ -159,11 +175,10 @@ def _where(ffn: FFN, plus: Tensor, minus: Tensor) -> list[str]:
     return named or ["the maps into and out of the hidden layer have negative entries: opposite signs in one unit"]
 
 
-def _holds_before_gain(ffn: FFN, dtype: torch.dtype, order: Order, gain: Tensor, out: Tensor) -> bool:
+def _holds_before_gain(ffn: FFN, dtype: torch.dtype, order: Order, gain: Tensor, out: Range) -> bool:
     """The unit test once more, with the gain multiplied into what is read, in fp64. A gain that is nowhere negative keeps all signs."""
     if not order.rotated and bool((gain >= 0).all()):
         return True
-    blocks = [*(_cast(chosen, dtype, order, gain) for chosen in ffn.into), out]
-    plus = torch.stack([block.amin(dim=1).double() for block in blocks]).amin(dim=0)
-    minus = torch.stack([-block.amax(dim=1).double() for block in blocks]).amin(dim=0)
+    ranges = [*(_range(chosen, dtype, order, gain) for chosen in ffn.into), out]
+    plus, minus = (torch.stack(side).amin(dim=0) for side in zip(*ranges, strict=True))
     return bool((torch.maximum(plus, minus) >= 0).all())

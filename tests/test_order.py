@@ -136,7 +136,8 @@ def test_the_hidden_state_is_that_of_the_last_token_behind_end_of_text() -> None
     model = architecture("gpt_neox")
     with torch.no_grad():
         expected = model(torch.tensor([[0, 5, 9]]), output_hidden_states=True).hidden_states[-1][0, 2]
-    assert torch.allclose(last_hidden(model, [5, 9]).float(), expected, atol=1e-5)
+    found = last_hidden(model, [[5, 9], [7, 8, 9, 3, 1]]).float()  # the shorter one is padded
+    assert torch.allclose(found[0], expected, atol=1e-5) and found.shape == (2, 16)
 
 
 @pytest.mark.integration

@@ -37,10 +37,11 @@ def order_stored(
     length = min(config.data.sequence_length, config.evaluate.context - 1)
     sequences = PackedBatches(Tokens(test_tokens), length, seed).all_sequences()[: config.evaluate.order_sequences, :-1]
     ids, pairs = torch.from_numpy(sequences).to(device), ordered_pairs()
+    texts = sorted({text for pair in pairs for text in (pair.weaker, pair.stronger)})
     results: dict[str, Any] = {}
     for name, folder in models.items():
         model = load_model(folder, device)
-        hidden = {text: last_hidden(model, words.encode(text).ids) for pair in pairs for text in (pair.weaker, pair.stronger)}
+        hidden = dict(zip(texts, last_hidden(model, [words.encode(text).ids for text in texts]), strict=True))
         results[name] = {
             "intervention": intervention(model, chosen, ids, config.evaluate.order_push),
             "probe": probe(pairs, hidden, config.evaluate, seed),
@@ -98,11 +99,15 @@ def _share(holds: Tensor, among: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def last_hidden(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """(d,) in fp64: what the unembedding reads behind the last token, with end-of-text in front."""
+def last_hidden(model: PreTrainedModel, texts: list[list[int]]) -> Tensor:
+    """Ids of n texts -> (n, d) in fp64: what the unembedding reads behind the last token of each, with end-of-text in front."""
     start = model.config.eos_token_id
-    sequence = torch.tensor([[start if isinstance(start, int) else start[0], *ids]], device=model.device)
-    return model.base_model(sequence, use_cache=False).last_hidden_state[0, -1].double().cpu()
+    ids = torch.zeros(len(texts), 1 + max(map(len, texts)), dtype=torch.long)  # padding stands behind, where attention cannot see it
+    ids[:, 0] = start if isinstance(start, int) else start[0]
+    for row, text in enumerate(texts):
+        ids[row, 1 : 1 + len(text)] = torch.tensor(text)
+    hidden = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state
+    return hidden[range(len(texts)), [len(text) for text in texts]].double().cpu()
 
 
 def probe(pairs: list[Pair], hidden: dict[str, Tensor], spec: Evaluate, seed: int) -> dict[str, Any]:

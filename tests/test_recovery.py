@@ -177,6 +177,20 @@ def test_an_annealed_order_is_trained_certified_and_stored(config: Experiment, s
     assert load_model(paths.best).config.hidden_act == "clamped_gelu"
 
 
+def test_a_checkpoint_before_the_bound_has_arrived_is_never_the_best(config: Experiment, stored: Path, tmp_path: Path) -> None:
+    """At a low rate the loss only rises as the bound closes in; the bound arrives at the fifth of five steps."""
+    options = {"parametrisation": "annealed", "order": "balanced", "activation": "clamped_gelu", "anneal_share": 0.9, "sign_restarts": 4}
+    spec = Monotone.model_validate(options)
+    _, chosen, _ = convert(load_model(stored / "base"), spec, torch.zeros(1, 4, dtype=torch.long))
+    chosen.save(tmp_path / "order.safetensors")
+    paths = replace(files(stored, tmp_path), start=stored / "base", order=tmp_path / "order.safetensors")
+    history = recovered(config, spec, paths, rate=1e-6)
+    assert history["validation_steps"] == [2, 4, 5]
+    assert history["val_nll"][0] < history["val_nll"][2] == history["best_val_nll"]
+    assert history["best_step"] == 5
+    assert json.loads((tmp_path / "certificate.json").read_text())["ffn_monotone"]
+
+
 def test_a_broken_constraint_is_a_failure(config: Experiment, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.models.constraints.Constraint.project", lambda self, *arguments: None)
     message = r"best: \d+ constrained entries are negative \(minimum -0\.\d+\), expected none after training"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -151,29 +152,83 @@ class Data(Section):
 
 
 class Monotone(Section):
-    """The constraint on the feed-forward sublayers."""
+    """The constraint on the feed-forward sublayers (docs/METHOD.md). What no combination of keys can mean is refused here, what
+    does not fit the model before it is converted."""
 
-    scope: Literal["mlp_in", "mlp_both", "mlp_in_attn_out"] = Field("mlp_both", description="which matrices are constrained")
-    parametrisation: Literal["projected", "softplus"] = Field(
-        "projected", description="projected: clamp after each optimiser step; softplus: W = log(1 + exp V)"
+    scope: Literal["mlp_in", "mlp_both", "mlp_in_attn_out", "gated_updown", "gated_all"] = Field(
+        "mlp_both", description="which matrices are constrained; gated_* for sublayers with a gate (Llama), the others for those without"
     )
-    activation: Literal["keep", "relu", "clamped_gelu"] = Field("relu", description="keep leaves GELU, which is not monotone")
-    start: Literal["clamp", "abs"] = Field(description="start from the pretrained W: max(W, 0), default of projected; |W|, of softplus")
-    recentre: bool = Field(True, description="correct both biases so that the mean activations equal the base model's")
-    calibration_sequences: Positive = Field(16, description="training sequences that the means are taken over")
+    parametrisation: Literal["projected", "softplus", "exp", "abs", "annealed"] = Field(
+        "projected",
+        description="projected: onto the constraint after each optimiser step; softplus, exp, abs: W is that function of V, with the "
+        "order's signs; annealed: projected onto a bound that moves from the pretrained weights to the constraint",
+    )
+    order: Literal["all_plus", "unit_signs", "balanced", "directions"] = Field(
+        "all_plus",
+        description="all_plus: W >= 0; unit_signs: a sign for each hidden unit; balanced: also one for each residual coordinate, half of "
+        "them minus; directions: along `directions` mean-free directions only",
+    )
+    directions: Count = Field(0, description="how many, for order=directions; below the width of the residual stream")
+    sign_restarts: Positive = Field(64, description="random starts of the sign search of balanced and directions")
+    activation: Literal["keep", "relu", "clamped_gelu", "drelu"] = Field(
+        "relu", description="keep leaves GELU or SiLU, which is not monotone; drelu: relu(gate) * relu(up), for gated sublayers"
+    )
+    start: Literal["clamp", "abs", "least_squares", "lift", "base"] = Field(
+        description="from the pretrained W: clamp: the nearest W within the constraint, default of projected; abs: |W| with the order's "
+        "signs, default of softplus, exp and abs; least_squares: the W within the constraint with the nearest outputs on real inputs; "
+        "lift: the same function rewritten; base: W itself, default of annealed and for it alone"
+    )
+    recentre: bool = Field(True, description="correct the biases so that mean activations equal the base model's (not from start=base)")
+    calibration_sequences: Positive = Field(16, description="training sequences for means, least squares and directions")
+    anneal_share: Rate = Field(0.4, description="share of the steps until the bound of `annealed` has arrived at the constraint")
+    norm_gain: Literal["free", "positive", "fold"] = Field(
+        description="gain of the norm in front of each sublayer: free; kept non-negative; or folded into W and frozen at one (default of "
+        "directions, whose order is that of the residual stream)"
+    )
+    margin: Annotated[float, Field(ge=0, le=100)] = Field(
+        description="how far inside the constraint directions are kept, in units of the largest error that rounding W to bf16 can cause "
+        "(default 1.1 for directions); orders of coordinates survive rounding and take 0"
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _suitable_start(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "start" not in given:
-            return given | {"start": "abs" if given.get("parametrisation") == "softplus" else "clamp"}
-        return given
+    def _suitable(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        rotated = given.get("order") == "directions"
+        start = {"softplus": "abs", "exp": "abs", "abs": "abs", "annealed": "base"}.get(str(given.get("parametrisation")), "clamp")
+        return {"start": start, "norm_gain": "fold" if rotated else "free", "margin": 1.1 if rotated else 0.0} | given
 
     @model_validator(mode="after")
     def _check(self) -> Monotone:
-        if self.parametrisation == "softplus" and self.start == "clamp":
-            raise ValueError("start='clamp' freezes every clamped entry under softplus (dW/dV is about W); expected start='abs'")
+        for refused in self._impossible():
+            raise ValueError(refused)
         return self
+
+    def _impossible(self) -> Iterator[str]:
+        rotated, smooth = self.order == "directions", self.parametrisation in ("softplus", "exp", "abs")
+        if smooth and self.start in ("clamp", "least_squares"):
+            why = {"abs": "its gradient is 0 there"}.get(self.parametrisation, "dW/dV is about W")
+            yield f"start={self.start!r} freezes every clamped entry under {self.parametrisation} ({why}); expected start='abs' or 'lift'"
+        if (self.start == "base") != (self.parametrisation == "annealed"):
+            yield (
+                f"start={self.start!r} with parametrisation={self.parametrisation!r}; expected start='base' with 'annealed', which moves "
+                "from the pretrained weights, and another start with any other"
+            )
+        if rotated != (self.directions > 0):
+            yield f"directions={self.directions} with order={self.order!r}; expected a number above 0 with order='directions', else 0"
+        if rotated and smooth:
+            yield f"order='directions' with parametrisation={self.parametrisation!r}; expected 'projected' or 'annealed'"
+        if self.margin and not rotated:
+            yield f"margin={self.margin:g} with order={self.order!r}; expected 0: the signs of entries survive rounding"
+        if self.start == "lift" and self.order not in ("all_plus", "unit_signs"):
+            yield f"start='lift' with order={self.order!r}, which no rewriting reaches; expected 'all_plus' or 'unit_signs'"
+        if self.start == "lift" and self.scope.startswith("gated"):
+            yield f"start='lift' with scope={self.scope!r}: RMSNorm removes no mean, so the rewriting would change the function"
+        if self.scope == "mlp_in_attn_out" and self.order != "all_plus":
+            yield f"scope='mlp_in_attn_out' with order={self.order!r}; expected 'all_plus' (attention's inner coordinates have no order)"
+        if self.activation == "drelu" and not self.scope.startswith("gated"):
+            yield f"activation='drelu' with scope={self.scope!r}; expected scope='gated_updown' or 'gated_all', or activation='relu'"
 
 
 class Training(Section):
@@ -225,6 +280,11 @@ class Evaluate(Section):
     context: Positive = Field(description="window in tokens, the end-of-text prefix included")
     stride: Positive = Field(description="new tokens scored by each further window of a document")
     batch_size: Positive = Field(description="windows a forward pass")
+    order_sequences: Positive = Field(16, description="test sequences on which the residual stream is pushed along the order")
+    order_push: Annotated[float, Field(gt=0, le=10)] = Field(
+        0.1, description="root mean square of the push, as a share of the standard deviation of the residual stream's coordinates"
+    )
+    order_null_fits: Positive = Field(8, description="probes fitted to shuffled labels")
 
     @model_validator(mode="after")
     def _check(self) -> Evaluate:
@@ -302,6 +362,11 @@ class Experiment(Section):
     def _check(self) -> Experiment:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} names a seed twice")
+        if self.compute.parallel == "fsdp2" and (self.monotone.order != "all_plus" or self.monotone.parametrisation == "annealed"):
+            raise ValueError(
+                f"compute.parallel='fsdp2' cuts matrices, which monotone.order={self.monotone.order!r} and monotone.parametrisation="
+                f"{self.monotone.parametrisation!r} need whole; expected compute.parallel='ddp'"
+            )
         scratch = self.model.scratch
         if scratch:
             needs = {

@@ -15,6 +15,7 @@ def run(ctx: Context) -> None:
         train_tokens=ctx.read("train_tokens"),
         validation_tokens=ctx.read("validation_tokens"),
         target=ctx.write("converted_model"),
+        order_file=ctx.write("order"),
     )
     write_json(ctx.write("converted_certificate"), certificate)
     write_json(ctx.write("application_log"), log)
@@ -27,6 +28,7 @@ STAGE = Stage(
     reads=("base_model", "train_tokens", "validation_tokens"),
     writes={
         "converted_model": "model",
+        "order": "order.safetensors",
         "converted_certificate": "certificate.json",
         "application_log": "monotonicity_application_log.json",
     },

@@ -18,6 +18,7 @@ def run(ctx: Context) -> None:
         metrics=ctx.write("monotonic_metrics"),
         history=ctx.write("monotonic_history"),
         certificate=ctx.write("monotonic_certificate"),
+        order=ctx.read("order"),
     )
     recover(ctx.config, ctx.seed, ctx.config.monotonic.learning_rate, ctx.config.monotone, files, ctx.stop, "train monotonic")
 
@@ -26,7 +27,7 @@ STAGE = Stage(
     number=3,
     name="train_monotonic",
     purpose="recovery-train the monotone model",
-    reads=("converted_model", "base_model", "train_tokens", "validation_tokens"),
+    reads=("converted_model", "order", "base_model", "train_tokens", "validation_tokens"),
     writes={
         "monotonic_model": "best",
         "monotonic_last": "last",

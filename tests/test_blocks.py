@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.schema import Compute, Monotone
-from tests.builders import small_model
+from tests.builders import non_negative_start, small_model
 from utils.models import blocks as module
 from utils.models.blocks import blocks, compiles, prepare_blocks
-from utils.models.constraints import Constraint, non_negative_start
+from utils.models.constraints import Constraint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at it itself
 IDS = torch.arange(24).reshape(2, 12)

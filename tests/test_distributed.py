@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import Monotone, Training
+from tests.builders import non_negative_start
 from tests.tiny_models import random_model, write_tokens
 from utils.data.tokens import PackedBatches, Tokens
-from utils.models.constraints import Constraint, non_negative_start
+from utils.models.constraints import Constraint
 from utils.models.head import _rows
 from utils.run.errors import InputError, StoppedInTime
 from utils.run.preemption import Stop

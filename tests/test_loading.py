@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.schema import Compute, Experiment, Model, Monotone
-from tests.builders import small_model
-from utils.models.constraints import Constraint, non_negative_start
+from tests.builders import non_negative_start, small_model
+from utils.models.constraints import Constraint
 from utils.models.convert import convert
 from utils.models.ffn import feed_forward
 from utils.models.loading import (
@@ -84,7 +84,7 @@ def test_a_softplus_model_is_stored_as_the_weights_that_run(tmp_path: Path, tied
 
 def test_a_converted_model_keeps_its_activation(tmp_path: Path) -> None:
     for name in ("relu", "clamped_gelu"):
-        model, _ = convert(small_model(), Monotone.model_validate({"activation": name}), IDS)
+        model, _, _ = convert(small_model(), Monotone.model_validate({"activation": name}), IDS)
         save_model(model, tmp_path / name)
         assert torch.equal(logits(load_model(tmp_path / name)), logits(model))
         assert json.loads((tmp_path / name / "config.json").read_text())["hidden_act"] == name

@@ -65,7 +65,10 @@ def test_configuration_is_frozen() -> None:
         ("model.name.x=1", ["model.name: expected: Input should be a valid string"]),
         ("model.name=5", ["model.name: found 5", "valid string"]),
         ("monotone.recentre=1", ["monotone.recentre: found 1", "valid boolean"]),
-        ("monotone.scope=everything", ["monotone.scope: found 'everything'", "'mlp_in', 'mlp_both' or 'mlp_in_attn_out'"]),
+        (
+            "monotone.scope=everything",
+            ["monotone.scope: found 'everything'", "'mlp_in', 'mlp_both', 'mlp_in_attn_out', 'gated_updown' or 'gated_all'"],
+        ),
         ("training.distillation=1.5", ["training.distillation: found 1.5", "less than or equal to 1"]),
         ("training.max_gradient_norm=.inf", ["training.max_gradient_norm: found inf", "finite number"]),
         ("report.margin_nats=.nan", ["report.margin_nats: found nan", "finite number"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from configs.schema import Experiment, Monotone, Training
 from tests.tiny_models import random_model, slow_nll, write_tokens
 from utils.data.tokens import PackedBatches, Tokens
+from utils.models.convert import convert
 from utils.models.facts import setup_facts
 from utils.models.loading import load_model, save_model
 from utils.run.errors import StoppedInTime, WorkFailed
@@ -144,8 +146,53 @@ def test_monotone_arm_is_stored_as_plain_weights_with_its_certificate(
     assert certificate["negative_entries"] == 0
 
 
+@pytest.mark.parametrize("order", ["balanced", "directions"])
+def test_an_annealed_order_is_trained_certified_and_stored(config: Experiment, stored: Path, tmp_path: Path, order: str) -> None:
+    """The bound arrives after two of five steps: only later checkpoints may be the best, and a stop in between changes nothing."""
+    options = {"directions": 4} if order == "directions" else {}
+    spec = Monotone.model_validate(
+        {"order": order, "parametrisation": "annealed", "activation": "clamped_gelu", "sign_restarts": 4, **options}
+    )
+    base = load_model(stored / "base")
+    model, chosen, _ = convert(base, spec, torch.randint(0, 40, (4, 16), generator=torch.Generator().manual_seed(0)))
+    ids = torch.arange(10)[None]
+    assert torch.allclose(model(ids).logits, base(ids).logits, atol=1e-4)
+    results = []
+    for name, stops in (("straight", 0), ("stopped", 4)):
+        save_model(model, tmp_path / name / "start")
+        chosen.save(tmp_path / name / "order.safetensors")
+        paths = replace(files(stored, tmp_path / name), start=tmp_path / name / "start", order=tmp_path / name / "order.safetensors")
+        stop = Stop()
+        for _ in range(stops):
+            stop.reason = "signal SIGTERM"
+            with pytest.raises(StoppedInTime):
+                recovered(config, spec, paths, stop)
+        history = recovered(config, spec, paths, stop)
+        results.append(load_file(paths.last / "model.safetensors"))
+    assert all(torch.equal(tensor, results[1][key]) for key, tensor in results[0].items())
+    assert history["best_step"] in (4, 5) and history["constraint_info"]["order"] == order
+    certificate = json.loads((tmp_path / "straight" / "certificate.json").read_text())
+    assert certificate["ffn_monotone"] and certificate["vacuous"] is False and certificate["order_kind"] == order
+    assert certificate["falsifiers"]["derivative"]["violated"] == 0 < certificate["falsifiers"]["derivative"]["tried"]
+    assert load_model(paths.best).config.hidden_act == "clamped_gelu"
+
+
+def test_a_checkpoint_before_the_bound_has_arrived_is_never_the_best(config: Experiment, stored: Path, tmp_path: Path) -> None:
+    """At a low rate the loss only rises as the bound closes in; the bound arrives at the fifth of five steps."""
+    options = {"parametrisation": "annealed", "order": "balanced", "activation": "clamped_gelu", "anneal_share": 0.9, "sign_restarts": 4}
+    spec = Monotone.model_validate(options)
+    _, chosen, _ = convert(load_model(stored / "base"), spec, torch.zeros(1, 4, dtype=torch.long))
+    chosen.save(tmp_path / "order.safetensors")
+    paths = replace(files(stored, tmp_path), start=stored / "base", order=tmp_path / "order.safetensors")
+    history = recovered(config, spec, paths, rate=1e-6)
+    assert history["validation_steps"] == [2, 4, 5]
+    assert history["val_nll"][0] < history["val_nll"][2] == history["best_val_nll"]
+    assert history["best_step"] == 5
+    assert json.loads((tmp_path / "certificate.json").read_text())["ffn_monotone"]
+
+
 def test_a_broken_constraint_is_a_failure(config: Experiment, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.models.constraints.Constraint.project", lambda self: None)
+    monkeypatch.setattr("utils.models.constraints.Constraint.project", lambda self, *arguments: None)
     message = r"best: \d+ constrained entries are negative \(minimum -0\.\d+\), expected none after training"
     with pytest.raises(WorkFailed, match=message):
         recovered(config, Monotone(), files(stored, tmp_path))

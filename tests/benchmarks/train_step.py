@@ -180,7 +180,7 @@ def engine(bench: Bench, arm: str, losses: list[Tensor]) -> list[float]:
         stepper = Stepper(run)
         stepper.split(bench.shape["batch"], 0.0)
         with closing(prefetched(run.train, run.spec.batch_size, range(bench.steps), run.device)) as batches:
-            return list(_marks(lambda _: losses.append(stepper(next(batches), RATE)[1]), bench.steps))
+            return list(_marks(lambda _: losses.append(stepper(next(batches), RATE, 0)[1]), bench.steps))
 
 
 def plain(bench: Bench, arm: str, losses: list[Tensor]) -> list[float]:
@@ -256,7 +256,7 @@ def saving(bench: Bench, usual: float) -> dict[str, Any]:
         stepper.split(bench.shape["batch"], 0.0)
         batches = [torch.from_numpy(bench.text.batch(number, bench.shape["batch"])).to(bench.device) for number in range(4)]
         for ids in batches:
-            stepper(ids, RATE)
+            stepper(ids, RATE, 0)
         for number, turn in enumerate(("first", "second"), 1):  # the first save also allocates the locked memory
             sync()
             began = time.perf_counter()
@@ -264,7 +264,7 @@ def saving(bench: Bench, usual: float) -> dict[str, Any]:
             checkpoints.save(state, run.model.state_dict(), stepper.tensors())
             found[f"{turn} save, host seconds"] = time.perf_counter() - began
             for ids in batches * 2:
-                stepper(ids, RATE)
+                stepper(ids, RATE, 0)
             sync()
             found[f"{turn} save, stall in seconds"] = time.perf_counter() - began - 8 * usual
             checkpoints.wait()

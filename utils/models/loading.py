@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from configs.schema import Compute, Model, Scratch
-from utils.models import activations  # noqa: F401 - makes our activations loadable by name
+from utils.models import activations, gated  # noqa: F401 - make our activations and architectures loadable by name
 from utils.run.artifacts import published
 from utils.run.errors import InputError
 from utils.run.hub import model_folder

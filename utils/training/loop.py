@@ -74,6 +74,8 @@ def _resume(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState:
     else:
         shapes, stored = run.model.state_dict(), checkpoints.model_tensors(state.step)
         run.model.load_state_dict({name: spread(tensor, shapes.get(name, tensor)) for name, tensor in stored.items()})
+        if run.constraint:
+            run.constraint.resume(state.step, run.spec.steps)
         stepper.restore(checkpoints.optimizer_tensors(state.step), state.step - state.skipped)
         state.resumed_at.append(state.step)
         print(f"  going on from step {state.step} of {run.spec.steps}")
@@ -100,7 +102,7 @@ def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: Train
         for ids in batches:
             rate = _rate(run, state.step)
             note = ""
-            log.add(state.step, rate, stepper(ids, rate))
+            log.add(state.step, rate, stepper(ids, rate, state.step))
             state.step += 1
             last = state.step == run.spec.steps
             validating = last or state.step % run.spec.validate_every == 0
@@ -142,7 +144,8 @@ def _validated(run: Run, stepper: Stepper, state: TrainState, log: MetricsLog) -
             f"the learning rate (now {run.peak_rate:g}), or raise training.max_loss_rise (now {run.spec.max_loss_rise:g}), "
             "and run with --discard"
         )
-    if state.best_nll is None or nll < state.best_nll:
+    arrived = run.constraint is None or run.constraint.complete  # an annealed bound on its way is no constraint yet
+    if arrived and (state.best_nll is None or nll < state.best_nll):
         state.best_nll, state.best_step = nll, state.step
     log.write({"step": state.step, "validation_nll": nll, "validation_perplexity": math.exp(min(nll, 700.0))})
     return f"validation {nll:.4f} nats/token"

@@ -12,7 +12,9 @@ from utils.data.tokens import PackedBatches, Tokens
 from utils.models.blocks import compiles
 from utils.models.certificate import certify
 from utils.models.constraints import Constraint
+from utils.models.falsify import falsify
 from utils.models.loading import as_teacher, compute_dtype, device_of, load_model, save_model
+from utils.models.orders import Order, all_plus
 from utils.run.artifacts import write_json
 from utils.run.errors import WorkFailed
 from utils.run.preemption import Stop
@@ -40,6 +42,7 @@ class Files:
     metrics: Path
     history: Path
     certificate: Path | None = None
+    order: Path | None = None
 
 
 def recover(config: Experiment, seed: int, learning_rate: float, constraint: Monotone | None, files: Files, stop: Stop, label: str) -> None:
@@ -58,7 +61,7 @@ def recover(config: Experiment, seed: int, learning_rate: float, constraint: Mon
     save_model(run.model, files.best)
     write_json(files.history, history(config, seed, learning_rate, constraint, run, state))
     if constraint and files.certificate:
-        _certify(config, constraint, files.best, files.certificate)
+        _certify(config, constraint, files, files.certificate)
 
 
 def prepared(
@@ -85,7 +88,7 @@ def prepared(
         metrics=files.metrics,
         stop=stop,
         label=label,
-        constraint=Constraint(model, constraint) if constraint else None,
+        constraint=Constraint(model, constraint, Order.load(files.order) if files.order else None) if constraint else None,
         teacher=as_teacher(load_model(files.base, device), config.compute.precision) if spec.distillation else None,
         compiled=compiles(config.compute, device),
         world=world,
@@ -116,18 +119,27 @@ def _result(run: Run) -> tuple[TrainState, Checkpoints]:
     if state is None or state.step != run.spec.steps:
         raise WorkFailed(f"{run.state_folder}: found no intact checkpoint of step {run.spec.steps} after training; run the stage again")
     run.model.load_state_dict(checkpoints.model_tensors(state.step))
+    if run.constraint:
+        run.constraint.resume(state.step, run.spec.steps)
     return state, checkpoints
 
 
-def _certify(config: Experiment, constraint: Monotone, folder: Path, path: Path) -> None:
-    """Certify the stored model, as it will be loaded; a constraint that does not hold after training is a failure."""
-    certificate = certify(load_model(folder, device_of(config.compute)), constraint.scope, compute_dtype(config.compute))
+def _certify(config: Experiment, constraint: Monotone, files: Files, path: Path) -> None:
+    """Certify the stored model, as it will be loaded, and try to falsify it; a broken constraint is a failure."""
+    device, order = device_of(config.compute), Order.load(files.order) if files.order else None
+    model, base = load_model(files.best, device), load_model(files.base, device)
+    certificate = certify(model, constraint.scope, compute_dtype(config.compute), order, base)
     if not certificate["constraint_holds"]:
-        raise WorkFailed(
-            f"{folder}: {certificate['negative_entries']} constrained entries are negative (minimum {certificate['minimum']:.3g}), "
-            "expected none after training; this is a fault of the program, please report it"
+        cure = (
+            f"raise monotone.margin (now {constraint.margin:g})"
+            if constraint.margin
+            else "this is a fault of the program, please report it"
         )
-    write_json(path, certificate)
+        raise WorkFailed(
+            f"{files.best}: {certificate['negative_entries']} constrained entries are negative (minimum {certificate['minimum']:.3g}), "
+            f"expected none after training; {cure}"
+        )
+    write_json(path, certificate | {"falsifiers": falsify(model, order or all_plus(model))})
 
 
 def history(
@@ -162,8 +174,9 @@ def history(
         "seed": seed,
     }
     if constraint:
-        formula = {"projected": "W >= 0 by projection after every step", "softplus": "W = log(1 + exp V)"}[constraint.parametrisation]
+        formula = Constraint.formulas[constraint.parametrisation]
         written["constraint_info"] = {"type": constraint.parametrisation, "formula": formula, "scope": constraint.scope} | {
+            "order": constraint.order,
             "activation": constraint.activation,
             "globally_monotonic": False,
         }

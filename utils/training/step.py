@@ -58,7 +58,7 @@ class Stepper:
         for teacher in self.run.models[1:]:
             prepare_blocks(teacher, self.run.compiled)
 
-    def __call__(self, ids: Tensor, rate: float) -> Tensor:
+    def __call__(self, ids: Tensor, rate: float, step: int) -> Tensor:
         """ids (B, T + 1) on the device, with several processes this one's share of the B sequences -> (5,) there: loss, cross-entropy,
         divergence (nats per token of the whole step), gradient norm, verdict."""
         sums = torch.zeros(3, device=self.run.device)
@@ -69,7 +69,7 @@ class Stepper:
         values = self.run.world.sum(sums) / self.run.tokens_per_step
         norm = total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None], self.run.world)
         verdict = self.guard.judge(values[0], norm)
-        self._update(norm, verdict, rate)
+        self._update(norm, verdict, rate, step)
         return torch.cat([values, norm.reshape(1), verdict])
 
     def gradients(self, ids: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Stepper:
         self.gradients(ids)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _update(self, norm: Tensor, verdict: Tensor, rate: float) -> None:
+    def _update(self, norm: Tensor, verdict: Tensor, rate: float, step: int) -> None:
         """AdamW on the clipped gradient. The fused kernel itself divides by the scale, and changes nothing if the flag is set."""
         good = verdict[0] == GOOD
         self.optimizer.grad_scale = torch.where(good, (norm / self.run.spec.max_gradient_norm).clamp(min=1.0), 1.0)  # type: ignore[attr-defined]
@@ -100,7 +100,7 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.run.constraint:
-            self.run.constraint.project()
+            self.run.constraint.project(step, self.run.spec.steps)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything beside the weights that the next step depends on."""

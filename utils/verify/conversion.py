@@ -23,7 +23,7 @@ def conversion(folder: Path) -> Finding:
     """The default conversion holds its certificate, outputs really rise with inputs, and one negative weight is found and projected."""
     spec = Monotone.model_validate({})
     calibration = torch.randint(1, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
-    converted, _ = convert(sample_model(seed=0), spec, calibration)
+    converted, _, _ = convert(sample_model(seed=0), spec, calibration)
     save_model(converted, folder)
     model = load_model(folder)
     certificate = certify(model, spec.scope, torch.float32)
@@ -31,8 +31,8 @@ def conversion(folder: Path) -> Finding:
         return "no", f"a converted model is not monotone: {'; '.join(certificate['reasons']) or 'its constraint does not hold'}"
     if (fall := deepest_fall(model)) > ROUNDING:
         return "no", f"a model is certified whose output falls by {fall:.3g} where its input rises"
-    linear = next(iter(constrained_weights(model, spec.scope).values()))
-    linear.weight.data[0, 0] = -0.01
+    first = next(iter(constrained_weights(model, spec.scope).values()))
+    first.weight.data[0, 0] = -0.01
     planted = certify(model, spec.scope, torch.float32)
     if planted["constraint_holds"] or planted["ffn_monotone"] or planted["negative_entries"] != 1:
         said = "denies it" if not planted["constraint_holds"] else "says that all is well"
@@ -49,7 +49,7 @@ def deepest_fall(model: PreTrainedModel) -> float:
     random = torch.Generator().manual_seed(1)
     falls = []
     for ffn in feed_forward(model):
-        low = torch.randn(256, ffn.linear_in.in_features, generator=random)
+        low = torch.randn(256, ffn.width, generator=random)
         high = low + torch.rand(low.shape, generator=random)
-        falls.append(float((ffn.module(low) - ffn.module(high)).max()))
+        falls.append(float((ffn(low) - ffn(high)).max()))
     return max(falls)

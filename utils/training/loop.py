@@ -15,7 +15,7 @@ from utils.models.blocks import prepare_blocks
 from utils.models.head import check_head
 from utils.run.errors import StoppedInTime, WorkFailed
 from utils.run.progress import Progress
-from utils.training import memory
+from utils.training import memory, optim
 from utils.training.batches import prefetched
 from utils.training.boards import no_board, opened
 from utils.training.checkpoint import Checkpoints, TrainState
@@ -37,7 +37,7 @@ def train(run: Run) -> tuple[TrainState, Checkpoints]:
     diverged, or the device's memory did not suffice. On a CPU a run that was interrupted any number of times equals an
     uninterrupted one bit for bit: weights, optimiser state and metrics.
     """
-    checkpoints = Checkpoints(run.state_folder, run.spec.keep_last, writes=run.world.first)
+    checkpoints = Checkpoints(run.state_folder, run.spec.keep_last, run.world)
     with closing(checkpoints), ready(run):
         stepper = Stepper(run, checkpoints.snapshot.before_update)
         try:
@@ -73,9 +73,10 @@ def _resume(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState:
         micro_batch, recompute = run.world.told(memory.choose(run, stepper))
         state = TrainState(micro_batch=micro_batch, recompute=recompute)
     else:
-        shapes, stored = run.model.state_dict(), checkpoints.model_tensors(state.step)
+        shapes = run.model.state_dict()
+        stored = checkpoints.model_tensors(state.step, shapes)
         run.model.load_state_dict({name: spread(tensor, shapes.get(name, tensor)) for name, tensor in stored.items()})
-        stepper.restore(checkpoints.optimizer_tensors(state.step), state.step - state.skipped)
+        stepper.restore(checkpoints.optimizer_tensors(state.step, optim.shapes(run.model)), state.step - state.skipped)
         state.resumed_at.append(state.step)
         print(f"  going on from step {state.step} of {run.spec.steps}")
     stepper.split(state.micro_batch, state.recompute)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -268,6 +269,20 @@ class Training(Section):
         return self
 
 
+class Telemetry(Section):
+    """Who watches. No result depends on it, so it is no part of what a folder is held to: it may change between two starts of a run."""
+
+    log_to: Literal["none", "tensorboard", "wandb"] = Field(
+        "none", description="where rows of metrics and telemetry are shown beside the files; the package of that name must be installed"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Telemetry:
+        if self.log_to != "none" and find_spec(self.log_to) is None:
+            raise ValueError(f"log_to={self.log_to!r} needs a package that is not installed: pip install {self.log_to}; or log_to='none'")
+        return self
+
+
 class Arm(Section):
     """What one arm may set for itself."""
 
@@ -351,6 +366,7 @@ class Experiment(Section):
     data: Data
     monotone: Monotone = Monotone.model_validate({})
     training: Training
+    telemetry: Telemetry = Telemetry.model_validate({})
     baseline: Arm
     monotonic: Arm
     evaluate: Evaluate

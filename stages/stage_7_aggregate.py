@@ -33,7 +33,7 @@ def run(ctx: Context) -> None:
     write_json(ctx.write("resolved_config"), ctx.config.model_dump(mode="json"))
     write_json(ctx.write("final_results"), final_results(study))
     write_text(ctx.write("summary"), summary_text(study))
-    write_text(ctx.folders.summary, summary_text(study))
+    write_text(ctx.folders.summary, summary_text(study), near=ctx.folder)  # several runs may write it at once
 
 
 STAGE = Stage(

@@ -20,7 +20,7 @@ from configs.schema import Experiment
 from stages.pipeline import run_each, stages
 
 CLOCK = re.compile(r"time|seconds|tokens_per_second|resumed|code_revision")
-BOOKKEEPING = {"manifest.json", "started.json", ".lock"}
+BOOKKEEPING = {"manifest.json", "started.json", ".lock", "telemetry.jsonl"}
 
 
 def start(config: Experiment, number: int, output: Path) -> int:

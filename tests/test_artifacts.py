@@ -175,3 +175,14 @@ def test_link_or_copy_places_equal_files(link: Callable[..., None], tmp_path: Pa
     assert inventory(tmp_path / "folder") == inventory(tmp_path / "source")
     assert (tmp_path / "file").read_text() == "more"
     assert (tmp_path / "file").stat().st_nlink == (1 if link is no_links else 3)
+
+
+def test_a_temporary_may_lie_elsewhere(tmp_path: Path) -> None:
+    """For a folder that many write to and nobody sweeps: what a killed process leaves lies in the folder of its own."""
+    own = tmp_path / "own"
+    own.mkdir()
+    with published(tmp_path / "shared/file", near=own) as aside:
+        assert aside.parent == own
+        aside.write_text("text")
+        assert list((tmp_path / "shared").iterdir()) == []
+    assert (tmp_path / "shared/file").read_text() == "text" and list(own.iterdir()) == []

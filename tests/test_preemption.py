@@ -6,6 +6,7 @@ import ctypes
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -148,6 +149,9 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    def time(self) -> float:
+        return self.now + 1e9
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -196,6 +200,12 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys
     assert bar.bar is not None
     bar.advance(2, "loss 1.5")
     assert (bar.bar.n, bar.bar.total) == (6, 10)
+    assert bar.bar.postfix == "loss 1.5"
+    monkeypatch.setattr(Report, "deadline", 1e12)
+    bar.advance(1, "loss 1.4")
+    assert re.fullmatch(r"loss 1.4, \d+ h \d\d min left in the job: enough", bar.bar.postfix)
+    bar.advance(1)
+    assert bar.bar.postfix.endswith("left in the job: enough")
     bar.close()
     assert "train" in terminal.getvalue()
     assert capsys.readouterr().out == ""
@@ -221,6 +231,43 @@ def test_report_is_written_now_and_then_and_is_exact_at_the_end(clock: Clock, tm
     bar.advance(1)
     Report.write()
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("minutes", "words", "fits"),
+    [(2.0, "1 min 40 s left in the job: enough", True), (0.9, "34.0 s left in the job: not enough, another start goes on", False)],
+)
+def test_progress_says_whether_the_work_fits_into_the_job(
+    clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str], minutes: float, words: str, fits: bool
+) -> None:
+    """2 of 10 units in 20 s with 4 done before: 40 s are to come."""
+    deadline = clock.time() + 60 * minutes
+    with Report.into(tmp_path / "progress.json", deadline):
+        bar = Progress("train", 10, done=4)
+        clock.now += 20
+        bar.advance(2, "loss 1.5")
+        assert capsys.readouterr().out == f"  train: 6/10, 40.0 s left, {words}  loss 1.5\n"
+        bar.advance(4)
+        assert capsys.readouterr().out == "  train: 10/10, 20.0 s\n"
+        bar.done = 6
+        Report.update(bar._facts())
+    facts = json.loads((tmp_path / "progress.json").read_text())
+    assert (facts["deadline"], facts["fits"]) == (deadline, fits)
+    clock.now += 20
+    Progress("evaluate", 10).advance(1)  # behind the stage there is no job
+    assert "job" not in capsys.readouterr().out
+
+
+def test_before_the_first_unit_nobody_knows_whether_it_fits(clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Report.into(tmp_path / "progress.json", clock.time() + 100):
+        bar = Progress("wait", 10)
+        clock.now += 16
+        bar.advance(0)
+        assert capsys.readouterr().out == "  wait: 0/10, 16.0 s, 1 min 24 s left in the job\n"
+        assert json.loads((tmp_path / "progress.json").read_text())["fits"] is None
+        clock.now += 100
+        bar.advance(0)
+        assert capsys.readouterr().out == "  wait: 0/10, 1 min 56 s, 0.0 s left in the job\n"
 
 
 def test_report_of_a_stage_that_fails_is_written_and_the_next_begins_empty(clock: Clock, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from utils.models.facts import setup_facts
 from utils.models.loading import load_model, save_model
 from utils.run.errors import StoppedInTime, WorkFailed
 from utils.run.preemption import Stop
-from utils.training import loop, recovery
+from utils.training import recovery, telemetry
 from utils.training.base import base_cache
 from utils.training.recovery import Files, recover
 
@@ -200,27 +199,24 @@ def test_a_broken_constraint_is_a_failure(config: Experiment, stored: Path, tmp_
 
 
 def test_time_is_summed_over_all_starts(config: Experiment, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that ticks once whenever the loop looks at it: each start takes as many seconds as it looked."""
-    looks: list[int] = []
-    ticks = itertools.count(100, 50)
+    """A clock that goes on by 50 s with every step, and by 1000 s between two starts."""
+    clock = [100.0]
+    monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
-    def clock() -> float:
-        looks.append(next(ticks))
-        return float(looks[-1])
+    class Slow(Stop):
+        def requested(self) -> bool:
+            clock[0] += 50
+            return super().requested()
 
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=clock))
     paths = files(stored, tmp_path)
-    stop = Stop()
+    stop = Slow()
     stop.reason = "signal SIGTERM"
-    per_start = []
     for _ in range(4):
-        looks.clear()
         with pytest.raises(StoppedInTime):
             recovered(config, None, paths, stop)
-        per_start.append(looks[-1] - looks[0])
-    looks.clear()
+        clock[0] += 1000
     history = recovered(config, None, paths, stop)
-    assert history["training_time_seconds"] == sum(per_start) + looks[-1] - looks[0] == 250
+    assert history["training_time_seconds"] == 250
     assert history["training_time_hours"] == pytest.approx(250 / 3600)
     assert history["tokens_per_second"] == pytest.approx(5 * 4 * LENGTH / 250)
     assert history["resumed_at_steps"] == [1, 2, 3, 4]

@@ -400,6 +400,14 @@ def test_status_tells_progress_speed_and_time_left(own_folders: Path) -> None:
     _, heads, _, row, _ = status_table(PIPELINE, load(TINY)).splitlines()
     assert heads.split() == ["stage", "seed", "state", "progress", "tokens/s", "left", "starts"]
     assert " ".join(row.split()) == "1 squares 42 begun train 6/12, loss 2.5 12,800 4 min 05 s 1"
+    for left, fits, words in ((3600 * 3 + 30, True, "3 h 00 min, enough"), (3600, False, "1 h 00 min, not enough"), (-5, True, "")):
+        report.write_text(json.dumps(facts | {"deadline": time.time() + left, "fits": fits}))
+        _, heads, _, row, _ = status_table(PIPELINE, load(TINY)).splitlines()
+        assert ("in the job" in heads) == bool(words)
+        assert words in row
+        assert ("enough" in row) == bool(words)
+    report.write_text(json.dumps({key: value for key, value in facts.items() if key not in ("deadline", "fits")}))  # an earlier version's
+    assert "in the job" not in status_table(PIPELINE, load(TINY))
     report.write_text(json.dumps(facts | {"note": "", "tokens_per_second": None, "seconds_left": None}))
     assert status_table(PIPELINE, load(TINY)).splitlines()[3].split()[3:] == ["begun", "train", "6/12", "1"]
     report.write_text("{}")

@@ -41,6 +41,7 @@ from utils.training.loop import ready
 from utils.training.memory import choose
 from utils.training.run import Run
 from utils.training.step import Stepper
+from utils.training.throughput import flops_per_token
 
 SHAPES = {
     "pythia-1.4b": {"vocab": 50304, "hidden": 2048, "layers": 24, "heads": 16, "length": 2048, "batch": 8, "matmul": 8192},
@@ -68,7 +69,7 @@ class Bench:
     def tokens(self) -> int:
         return self.shape["batch"] * self.shape["length"]
 
-    def model(self) -> PreTrainedModel:
+    def model(self, device: str | None = None) -> PreTrainedModel:
         """Random fp32 weights."""
         torch.manual_seed(0)
         config = GPTNeoXConfig(
@@ -80,7 +81,7 @@ class Bench:
             max_position_embeddings=self.shape["length"],
             use_cache=False,
         )
-        with self.device:
+        with torch.device(device or self.device):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
     def run(self, arm: str, **settings: Any) -> Run:
@@ -111,15 +112,8 @@ class Bench:
         )
 
     def flops_per_token(self, whole_square: bool = False) -> float:
-        """Floating-point operations of forward and backward pass for a token: 6 N + 6 L d T.
-
-        N: entries of all matrices that multiply (12 L d^2 of the blocks, d V of the unembedding; not the input embedding). A token
-        attends to T/2 others on average, 2 * 2 * d * T/2 operations a layer, three times for both passes. `whole_square` counts T
-        others, as Chowdhery et al. 2022 (PaLM, appendix B) do: 6 N + 12 L d T. The teacher's pass is not counted anywhere: it is
-        overhead of distillation, not progress of the model.
-        """
-        layers, width, vocabulary, length = (self.shape[key] for key in ("layers", "hidden", "vocab", "length"))
-        return 6 * (12 * layers * width**2 + width * vocabulary) + (12 if whole_square else 6) * layers * width * length
+        """Floating-point operations of a token, from a model without memory."""
+        return flops_per_token(self.model("meta"), self.shape["length"], whole_square)
 
 
 def sync() -> None:

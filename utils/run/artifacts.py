@@ -28,14 +28,15 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def published(path: Path) -> Iterator[Path]:
+def published(path: Path, near: Path | None = None) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to fill (a file or a folder); move it to `path` only if the block succeeds.
 
+    With `near`, a folder on the same file system, the temporary lies there: for a place that no stage sweeps.
     A file that is there is replaced in one step. A folder that is there is removed just before the move: call this on
     a folder only where it is derived data that its manifest no longer vouches for.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
+    aside = (near or path.parent) / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
     try:
         yield aside
         for file in files_below(aside):
@@ -69,8 +70,8 @@ def sweep_temporaries(folder: Path) -> None:
         remove(leftover)
 
 
-def write_text(path: Path, text: str) -> None:
-    with published(path) as aside:
+def write_text(path: Path, text: str, near: Path | None = None) -> None:
+    with published(path, near) as aside:
         aside.write_text(text, encoding="utf-8")
 
 

@@ -23,17 +23,18 @@ class Report:
     path: Path | None = None
     facts: dict[str, Any] | None = None
     written = 0.0
+    deadline: float | None = None  # epoch seconds at which the job's work has to be saved
 
     @classmethod
     @contextmanager
-    def into(cls, path: Path) -> Iterator[None]:
-        """Keep `path` up to date while the block runs, and exact when it is left."""
-        cls.path, cls.facts, cls.written = path, None, 0.0
+    def into(cls, path: Path, deadline: float | None = None) -> Iterator[None]:
+        """Keep `path` up to date while the block runs, and exact when it is left. The deadline (Stop's) is told with every progress."""
+        cls.path, cls.facts, cls.written, cls.deadline = path, None, 0.0, deadline
         try:
             yield
         finally:
             cls.write()
-            cls.path = None
+            cls.path = cls.deadline = None
 
     @classmethod
     def update(cls, facts: dict[str, Any]) -> None:
@@ -64,23 +65,26 @@ class Progress:
         self.note = note or self.note
         Report.update(self._facts())
         if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.set_postfix_str(", ".join(filter(None, (note, self._limit().removeprefix(", ")))), refresh=False)
             self.bar.update(units)
         elif time.monotonic() - self.spoken >= self.every or self.done >= self.total:
             self.spoken = time.monotonic()
-            print(f"  {self.label}: {self.done}/{self.total}{self._left()}{'  ' + note if note else ''}", flush=True)
+            print(f"  {self.label}: {self.done}/{self.total}{self._left()}{self._limit()}{'  ' + note if note else ''}", flush=True)
 
     def _facts(self) -> dict[str, Any]:
         """Units done, units a second of this start, seconds left, tokens a second where a unit is a number of tokens."""
         gained, seconds = self.done - self.start_at, time.monotonic() - self.began
         rate = gained / seconds if gained and seconds else None
+        left = (self.total - self.done) / rate if rate else None
         return {
             "label": self.label,
             "done": self.done,
             "total": self.total,
             "note": self.note,
             "tokens_per_second": round(rate * self.tokens_per_unit, 1) if rate and self.tokens_per_unit else None,
-            "seconds_left": round((self.total - self.done) / rate, 1) if rate else None,
+            "seconds_left": None if left is None else round(left, 1),
+            "deadline": Report.deadline,
+            "fits": None if left is None or Report.deadline is None else time.time() + left <= Report.deadline,
         }
 
     def _left(self) -> str:
@@ -89,6 +93,14 @@ class Progress:
             return f", {duration(time.monotonic() - self.began)}"
         seconds = (time.monotonic() - self.began) / gained * (self.total - self.done)
         return f", {duration(seconds)} left"
+
+    def _limit(self) -> str:
+        """Inside a job: how long it may go on, and whether this work will be done by then."""
+        facts = self._facts()
+        if facts["deadline"] is None or self.done >= self.total:
+            return ""
+        verdict = {None: "", True: ": enough", False: ": not enough, another start goes on"}[facts["fits"]]
+        return f", {duration(max(0.0, facts['deadline'] - time.time()))} left in the job{verdict}"
 
     def close(self) -> None:
         """The work is done, perhaps with less than `total` (a search that converged, a text that ended)."""

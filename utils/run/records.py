@@ -48,13 +48,13 @@ class Records:
 
     def pending(self, groups: Sequence[Sequence[Item]]) -> Iterator[Sequence[Item]]:
         """Yield the groups that have no rows yet; every item of a group gives one row."""
-        lines = self._whole_lines()
+        lines = whole_lines(self.path)
         done = rows = 0
         while done < len(groups) and rows + len(groups[done]) <= len(lines):
             rows += len(groups[done])
             done += 1
         with self.path.open("ab") as handle:
-            handle.truncate(sum(len(line) for line in lines[:rows]))
+            handle.truncate(sum(len(line) for line, _ in lines[:rows]))
         yield from groups[done:]
 
     def append(self, rows: Iterable[Row]) -> None:
@@ -62,19 +62,20 @@ class Records:
         with self.path.open("ab") as handle:
             handle.write(text.encode())
 
-    def _whole_lines(self) -> list[bytes]:
-        """Leading lines that end in a newline and parse."""
-        lines: list[bytes] = []
-        data = self.path.read_bytes() if self.path.exists() else b""
-        for line in data.splitlines(keepends=True):
-            try:
-                json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            lines.append(line)
-        return lines
+
+def whole_lines(path: Path) -> list[tuple[bytes, Row]]:
+    """Leading lines of a file, which need not be there, that end in a newline and parse, and what they say."""
+    lines: list[tuple[bytes, Row]] = []
+    data = path.read_bytes() if path.exists() else b""
+    for line in data.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        lines.append((line, row))
+    return lines
 
 
 def grouped(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

@@ -143,7 +143,7 @@ def _work(stage: Stage, context: Context, where: str) -> int:
     notes = manifest.begin(folder, context.identity)
     _warn_of_changed_code(notes)
     sweep_temporaries(folder)
-    with Report.into(context.state / "progress.json"):
+    with Report.into(context.state / "progress.json", context.stop.deadline):
         stage.run(context)
     seconds = time.monotonic() - began
     manifest.complete(folder, notes, stage.writes, seconds)

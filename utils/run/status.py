@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ class Row:
     progress: str = ""
     speed: str = ""
     left: str = ""
+    in_job: str = ""
     checkpoint: str = ""
     starts: str = ""
     job: str = ""
@@ -32,10 +34,10 @@ class Row:
 
     def cells(self) -> list[str]:
         who = [f"{self.stage.number} {self.stage.name}", "all" if self.seed is None else str(self.seed)]
-        return [*who, self.state, self.progress, self.speed, self.left, self.checkpoint, self.starts, self.job, self.slurm]
+        return [*who, self.state, self.progress, self.speed, self.left, self.in_job, self.checkpoint, self.starts, self.job, self.slurm]
 
 
-HEADS = ["stage", "seed", "state", "progress", "tokens/s", "left", "checkpoint", "starts", "job", "SLURM"]
+HEADS = ["stage", "seed", "state", "progress", "tokens/s", "left", "in the job", "checkpoint", "starts", "job", "SLURM"]
 
 
 def rows(pipeline: Sequence[Stage], config: Experiment) -> list[Row]:
@@ -64,6 +66,13 @@ def _read(row: Row, folder: Path) -> None:
             row.progress = f"{facts['label']} {facts['done']}/{facts['total']}" + (f", {facts['note']}" if facts["note"] else "")
             row.speed = f"{facts['tokens_per_second']:,.0f}" if facts["tokens_per_second"] else ""
             row.left = duration(facts["seconds_left"]) if facts["seconds_left"] else ""
+            row.in_job = _in_job(facts.get("deadline"), facts.get("fits"))
+
+
+def _in_job(deadline: float | None, fits: bool | None) -> str:
+    """How long the job at work may go on, and whether it will get through; nothing once that time is over."""
+    left = 0.0 if deadline is None else deadline - time.time()
+    return "" if left <= 0 else duration(left) + {None: "", True: ", enough", False: ", not enough"}[fits]
 
 
 def newest_checkpoint(folder: Path) -> str:

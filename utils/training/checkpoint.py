@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from utils.run.artifacts import damage, inventory, published, read_json, remove, sweep_temporaries, write_json
+from utils.run.artifacts import damage, inventory, published, read_json, remove, sweep_temporaries, sync, write_json
 from utils.run.errors import InputError
-from utils.training.distributed import whole
+from utils.training.distributed import ALONE, World, local, whole
+from utils.training.parts import assembled, header, offset
 from utils.training.tensor_file import write_tensors
 
 READERS = 4  # files whose checksums are taken at once
@@ -45,7 +48,9 @@ class Snapshot:
     the tensors change, a whole forward and backward pass later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cut: bool = False) -> None:
+        """With `cut` of a tensor that is cut over processes the own part alone is copied."""
+        self.cut = cut
         self.buffers: dict[str, Tensor] = {}
         self.stream: torch.cuda.Stream | None = None
         self.copied: torch.cuda.Event | None = None
@@ -63,7 +68,7 @@ class Snapshot:
         return copies
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        full = whole(tensor)
+        full = local(tensor) if self.cut else whole(tensor)
         if full is not tensor and self.stream is not None:
             full.record_stream(self.stream)  # gathered for this copy alone: it must outlive it
         return self._buffer(name, full).copy_(full, non_blocking=True)
@@ -90,17 +95,20 @@ class Snapshot:
 
 
 class Checkpoints:
-    """Step folders below `folder`. Each is published by a rename, with its own checksums."""
+    """Step folders below `folder`. Each is published by a rename, with its own checksums.
 
-    def __init__(self, folder: Path, keep_last: int, writes: bool = True) -> None:
-        """With `writes` false this process is not the first of several: it helps to gather, reads what the first has verified, and writes
-        nothing."""
-        self.folder, self.keep_last, self.writes = folder, keep_last, writes
-        self.snapshot = Snapshot()
+    Of several processes the first one verifies, publishes and prunes. It also writes, unless the state is cut over them: then each writes
+    its own parts into the folder that the first will publish, and all learn of an error that one of them had.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, world: World = ALONE) -> None:
+        self.folder, self.keep_last, self.world, self.writes = folder, keep_last, world, world.first
+        self.snapshot = Snapshot(world.cut)
+        self._group = dist.new_group(backend="gloo") if world.cut else None  # for the writing threads to talk
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        self._intact: set[Path] = set()
-        if writes:
+        self._intact: set[tuple[Path, str]] = set()
+        if self.writes:
             sweep_temporaries(folder)
 
     def save(self, state: TrainState, model: Named, optimizer: Named) -> None:
@@ -108,13 +116,16 @@ class Checkpoints:
 
         Raises what the save before it raised.
         """
-        if not self.writes:
+        if not (self.writes or self.world.cut):
             for tensor in (*model.values(), *optimizer.values()):
                 whole(tensor)
             return
         self.wait()
-        copies = self.snapshot.take(_labelled(model, optimizer))
-        self._pending = self._writer.submit(self._write, self._path(state.step), asdict(state), copies)
+        tensors = _labelled(model, optimizer)
+        if self.world.cut:  # what is not cut, every process has: the first writes it
+            tensors = {label: tensor for label, tensor in tensors.items() if isinstance(tensor, DTensor) or self.writes}
+        copies, offsets = self.snapshot.take(tensors), {label: offset(tensor) for label, tensor in tensors.items()}
+        self._pending = self._writer.submit(self._write, self._path(state.step), asdict(state), copies, offsets)
 
     def check(self) -> None:
         """Raise the error of a save that has failed; costs nothing."""
@@ -131,20 +142,54 @@ class Checkpoints:
         """End the writer, whatever became of its work; `wait` before it to know."""
         self._writer.shutdown(wait=True)
 
-    def _write(self, path: Path, state: dict[str, Any], copies: dict[str, Tensor]) -> None:
+    def _write(self, path: Path, state: dict[str, Any], copies: dict[str, Tensor], offsets: dict[str, tuple[int, ...]]) -> None:
         self.snapshot.arrived()
-        files: dict[str, dict[str, Tensor]] = {name: {} for name in FILES}
-        for label, tensor in copies.items():
-            file, name = label.split("/", 1)
-            files[file][name] = tensor
+        if not self.writes:
+            self._write_tensors(self._all(None)[0], copies, offsets)
+            return
         with published(path) as aside:
             aside.mkdir()
-            with ThreadPoolExecutor(len(files)) as pool:
-                facts = dict(zip(files, pool.map(lambda name: write_tensors(files[name], aside / name), files), strict=True))
+            self._all(aside)
+            facts = self._write_tensors(aside, copies, offsets)
             write_json(aside / "state.json", state)
             facts |= {"state.json": inventory(aside / "state.json")["."]}
             write_json(aside / "manifest.json", {"files": facts})
         self._prune()
+
+    def _write_tensors(self, aside: Path, copies: dict[str, Tensor], offsets: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Write this process's files; returns {file: its checksum} of all processes. Raises what one of them raised."""
+
+        def write(file: str) -> tuple[str, dict[str, Any]]:
+            chosen = {label.split("/", 1)[1]: label for label, tensor in copies.items() if label.startswith(f"{file}/") and tensor.numel()}
+            tensors = {name: copies[label] for name, label in chosen.items()}
+            if not self.world.cut:
+                return file, write_tensors(tensors, aside / file)
+            part = f"{_kind(file)}/{self.world.rank:05d}.safetensors"
+            (aside / part).parent.mkdir(exist_ok=True)
+            facts = write_tensors(tensors, aside / part, header({name: offsets[label] for name, label in chosen.items()}))
+            sync(aside / part)
+            return part, facts
+
+        own: dict[str, Any] | Exception
+        try:
+            with ThreadPoolExecutor(len(FILES)) as pool:
+                own = dict(pool.map(write, FILES))
+        except Exception as error:
+            own = error
+        written: dict[str, Any] = {}
+        for found in self._all(own):
+            if isinstance(found, Exception):
+                raise found
+            written |= found
+        return written
+
+    def _all(self, value: Any) -> list[Any]:
+        """The values of all processes that write, by rank."""
+        if self._group is None:
+            return [value]
+        found = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(found, value, group=self._group)
+        return found
 
     def newest(self) -> TrainState | None:
         """State of the newest checkpoint that is intact, and whose best one is too. Others are named, removed and passed over."""
@@ -168,31 +213,39 @@ class Checkpoints:
         except (IndexError, InputError, TypeError):
             return None
 
-    def model_tensors(self, step: int) -> dict[str, Tensor]:
-        """Read-only views of the file: copy them before they are changed."""
-        return self._tensors(step, (MODEL,))
+    def model_tensors(self, step: int, like: Named | None = None) -> dict[str, Tensor]:
+        """Read-only views of the file: copy them before they are changed. What was saved in parts is read whole, or cut as in `like`."""
+        return self._tensors(step, (MODEL,), like or {})
 
-    def optimizer_tensors(self, step: int) -> dict[str, Tensor]:
+    def optimizer_tensors(self, step: int, like: Named | None = None) -> dict[str, Tensor]:
         """As `model_tensors`."""
-        return self._tensors(step, (OPTIMIZER, SQUARES))
+        return self._tensors(step, (OPTIMIZER, SQUARES), like or {})
 
-    def _tensors(self, step: int, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def _tensors(self, step: int, names: tuple[str, ...], like: Named) -> dict[str, Tensor]:
         self.wait()
         path = self._path(step)
-        if self.writes and not self._intact.issuperset(path / name for name in names) and (fault := self._fault([path], names)):
+        if self.writes and not self._intact.issuperset((path, _kind(name)) for name in names) and (fault := self._fault([path], names)):
             raise InputError(f"checkpoint of step {step}: {fault}; run the stage again with --discard")
-        return {name: tensor for file in names for name, tensor in load_file(path / file).items()}
+        found: dict[str, Tensor] = {}
+        for name in names:
+            parts = path / _kind(name)
+            found |= assembled(parts, like) if parts.is_dir() else load_file(path / name)
+        return found
 
     def _fault(self, paths: Iterable[Path], names: Iterable[str] | None = None) -> str | None:
         """What is wrong with checkpoints, or with some of their files, in words; None if they are intact. Files are read side by side."""
         try:
             listed = {path / name: facts for path in paths for name, facts in read_json(path / "manifest.json")["files"].items()}
-            wanted = listed if names is None else {path / name: listed[path / name] for path in paths for name in names}
+            kinds = {file: (path, _kind(file.relative_to(path).as_posix())) for path in paths for file in listed if path in file.parents}
+            chosen = set(kinds.values()) if names is None else {(path, _kind(name)) for path in paths for name in names}
+            if missing := chosen - set(kinds.values()):
+                raise KeyError(min(missing)[1])
+            wanted = {file: facts for file, facts in listed.items() if kinds[file] in chosen}
             with ThreadPoolExecutor(READERS) as pool:
                 faults = list(pool.map(lambda item: damage(item[0], {".": item[1]}), wanted.items()))
         except (InputError, KeyError, TypeError, AttributeError) as error:
             return f"its manifest is not readable ({error})"
-        self._intact |= {file for file, fault in zip(wanted, faults, strict=True) if fault is None}
+        self._intact |= chosen - {kinds[file] for file, fault in zip(wanted, faults, strict=True) if fault is not None}
         return next(filter(None, faults), None)
 
     def _path(self, step: int) -> Path:
@@ -208,6 +261,11 @@ class Checkpoints:
         for path in self._paths():
             if path not in kept:
                 remove(path)
+
+
+def _kind(file: str) -> str:
+    """model of model.safetensors, and of model/00003.safetensors, which holds the fourth process's parts."""
+    return file.split("/")[0].removesuffix(".safetensors")
 
 
 def _labelled(model: Named, optimizer: Named) -> dict[str, Tensor]:

@@ -35,6 +35,11 @@ class World:
         """Whether this is the process that writes files and reports progress."""
         return self.rank == 0
 
+    @property
+    def cut(self) -> bool:
+        """Whether parameters and moments are cut over the processes."""
+        return self.parallel == "fsdp2" and self.size > 1
+
     def own(self, count: int) -> slice:
         """This process's share of `count` sequences. Raises InputError if they cannot be shared out evenly."""
         if count % self.size:
@@ -130,8 +135,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, cut as `like` is."""
-    if not isinstance(like, DTensor):
+    """A whole tensor, which every process has, cut as `like` is; one that is cut already stays."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 

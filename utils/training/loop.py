@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 
@@ -16,14 +15,16 @@ from utils.models.blocks import prepare_blocks
 from utils.models.head import check_head
 from utils.run.errors import StoppedInTime, WorkFailed
 from utils.run.progress import Progress
-from utils.training import memory
+from utils.training import memory, optim
 from utils.training.batches import prefetched
+from utils.training.boards import no_board, opened
 from utils.training.checkpoint import Checkpoints, TrainState
 from utils.training.distributed import spread
 from utils.training.metrics import MetricsLog
 from utils.training.run import Run
 from utils.training.schedule import learning_rate
 from utils.training.step import Stepper
+from utils.training.telemetry import NAME, Telemetry
 
 FLUSH_EVERY = 25  # steps whose losses wait on the device, so that no step waits for the host
 
@@ -36,13 +37,13 @@ def train(run: Run) -> tuple[TrainState, Checkpoints]:
     diverged, or the device's memory did not suffice. On a CPU a run that was interrupted any number of times equals an
     uninterrupted one bit for bit: weights, optimiser state and metrics.
     """
-    checkpoints = Checkpoints(run.state_folder, run.spec.keep_last, writes=run.world.first)
+    checkpoints = Checkpoints(run.state_folder, run.spec.keep_last, run.world)
     with closing(checkpoints), ready(run):
         stepper = Stepper(run, checkpoints.snapshot.before_update)
         try:
             state = _resume(run, stepper, checkpoints)
-            with closing(_log(run, state)) as log:
-                _train_on(run, stepper, checkpoints, state, log)
+            with _watched(run, state) as (log, telemetry):
+                _train_on(run, stepper, checkpoints, state, log, telemetry)
         except torch.OutOfMemoryError as error:
             raise memory.out_of_memory(run, (stepper.micro_batch, stepper.recompute), error) from None
         checkpoints.wait()
@@ -72,11 +73,12 @@ def _resume(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState:
         micro_batch, recompute = run.world.told(memory.choose(run, stepper))
         state = TrainState(micro_batch=micro_batch, recompute=recompute)
     else:
-        shapes, stored = run.model.state_dict(), checkpoints.model_tensors(state.step)
+        shapes = run.model.state_dict()
+        stored = checkpoints.model_tensors(state.step, shapes)
         run.model.load_state_dict({name: spread(tensor, shapes.get(name, tensor)) for name, tensor in stored.items()})
         if run.constraint:
             run.constraint.resume(state.step, run.spec.steps)
-        stepper.restore(checkpoints.optimizer_tensors(state.step), state.step - state.skipped)
+        stepper.restore(checkpoints.optimizer_tensors(state.step, optim.shapes(run.model)), state.step - state.skipped)
         state.resumed_at.append(state.step)
         print(f"  going on from step {state.step} of {run.spec.steps}")
     stepper.split(state.micro_batch, state.recompute)
@@ -94,10 +96,10 @@ def _newest(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState 
         return found.result()
 
 
-def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: TrainState, log: MetricsLog) -> None:
+def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: TrainState, log: MetricsLog, telemetry: Telemetry) -> None:
     """Steps from `state.step` to the last one. Each validation is followed by a checkpoint, and so is a request to stop."""
     progress = Progress(run.label, run.spec.steps, state.step, tokens_per_unit=run.tokens_per_step)
-    began, earlier, own = time.monotonic(), state.seconds, run.world.own(run.spec.batch_size)
+    own = run.world.own(run.spec.batch_size)
     with closing(prefetched(run.train, run.spec.batch_size, range(state.step, run.spec.steps), run.device, own)) as batches:
         for ids in batches:
             rate = _rate(run, state.step)
@@ -110,12 +112,16 @@ def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: Train
             checkpoints.check()
             if validating or stopping or len(log.waiting) >= FLUSH_EVERY:
                 note = log.flush(run.tokens_per_step, state, run.spec.max_bad_steps)
+                telemetry.steps(state.step)
             if validating:
-                note = _validated(run, stepper, state, log)
+                nll = _validated(run, stepper, state, log)
+                telemetry.validation(nll)
+                note = f"validation {nll:.4f} nats/token"
             if validating or stopping:
-                state.seconds = earlier + time.monotonic() - began
+                state.seconds = telemetry.seconds
                 state.metrics_bytes = log.sync()
-                checkpoints.save(state, run.model.state_dict(), stepper.tensors())
+                with telemetry.saving():
+                    checkpoints.save(state, run.model.state_dict(), stepper.tensors())
             progress.advance(1, note)
             if stopping and not last:
                 checkpoints.wait()
@@ -123,11 +129,20 @@ def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: Train
     progress.close()
 
 
-def _log(run: Run, state: TrainState) -> MetricsLog:
-    """The run's metrics; processes other than the first keep theirs beside the checkpoints, of this start alone."""
-    if run.world.first:
-        return MetricsLog(run.metrics, state.metrics_bytes)
-    return MetricsLog(run.state_folder.parent / f"metrics_of_process_{run.world.rank}.jsonl", 0)
+@contextmanager
+def _watched(run: Run, state: TrainState) -> Iterator[tuple[MetricsLog, Telemetry]]:
+    """The run's metrics and telemetry; processes other than the first keep metrics beside the checkpoints, of this start alone."""
+    with ExitStack() as stack:
+        if run.world.first:
+            board = stack.enter_context(opened(run.log_to, run.metrics.parent, state.step))
+            log = MetricsLog(run.metrics, state.metrics_bytes, board)
+        else:
+            board, log = no_board, MetricsLog(run.state_folder.parent / f"metrics_of_process_{run.world.rank}.jsonl", 0)
+        stack.callback(log.close)
+        path = run.metrics.with_name(NAME) if run.world.first else None
+        telemetry = Telemetry(run, path, state.step, state.seconds, board)
+        stack.callback(telemetry.close)
+        yield log, telemetry
 
 
 def _rate(run: Run, step: int) -> float:
@@ -135,8 +150,8 @@ def _rate(run: Run, step: int) -> float:
     return learning_rate(step, steps=spec.steps, peak=run.peak_rate, warmup_share=spec.warmup_share, final_share=spec.final_share)
 
 
-def _validated(run: Run, stepper: Stepper, state: TrainState, log: MetricsLog) -> str:
-    """Note the validation loss; raises WorkFailed if it is not finite, or above the best by more than the allowed rise."""
+def _validated(run: Run, stepper: Stepper, state: TrainState, log: MetricsLog) -> float:
+    """Note and return the validation loss (nats per token); raises WorkFailed if it is not finite, or too far above the best."""
     nll = stepper.mean_nll(run.validation.all_sequences())
     if not math.isfinite(nll) or (state.best_nll is not None and nll > state.best_nll + run.spec.max_loss_rise):
         raise WorkFailed(
@@ -148,4 +163,4 @@ def _validated(run: Run, stepper: Stepper, state: TrainState, log: MetricsLog) -
     if arrived and (state.best_nll is None or nll < state.best_nll):
         state.best_nll, state.best_step = nll, state.step
     log.write({"step": state.step, "validation_nll": nll, "validation_perplexity": math.exp(min(nll, 700.0))})
-    return f"validation {nll:.4f} nats/token"
+    return nll

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from utils.run.errors import InputError
 from utils.run.records import Row, json_line, read_rows
+from utils.training.boards import Board, no_board
 from utils.training.checkpoint import TrainState
 from utils.training.guard import GOOD, NAMES, stop_if_lost
 
@@ -18,7 +19,8 @@ from utils.training.guard import GOOD, NAMES, stop_if_lost
 class MetricsLog:
     """One row a step and one a validation, without clock times, so that resumed and straight runs agree."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, board: Board = no_board) -> None:
+        self.board = board
         self.waiting: list[tuple[int, float, Tensor]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         found = path.stat().st_size if path.exists() else 0
@@ -58,6 +60,7 @@ class MetricsLog:
 
     def write(self, row: Row) -> None:
         self.handle.write(json_line(row).encode())
+        self.board(row)
 
     def close(self) -> None:
         self.handle.close()

@@ -33,6 +33,11 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     return {f"{name}.{moment}": optimizer.state[parameter][moment] for name, parameter in named.items() for moment in MOMENTS}
 
 
+def shapes(model: nn.Module) -> dict[str, Tensor]:
+    """For every name of a moment a tensor that lies on the processes as the moment does."""
+    return {f"{name}.{moment}": parameter for name, parameter in model.named_parameters() for moment in MOMENTS}
+
+
 def restore(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], updates: int) -> None:
     """Put back what `state_tensors` gave after so many updates (steps that were not skipped)."""
     for name, parameter in model.named_parameters():

@@ -92,6 +92,7 @@ def prepared(
         teacher=as_teacher(load_model(files.base, device), config.compute.precision) if spec.distillation else None,
         compiled=compiles(config.compute, device),
         world=world,
+        log_to=config.telemetry.log_to,
     )
 
 

@@ -33,6 +33,7 @@ class Run:
     teacher: PreTrainedModel | None = None
     compiled: bool = False
     world: World = ALONE
+    log_to: str = "none"
 
     @property
     def device(self) -> torch.device:

@@ -30,9 +30,9 @@ def main(path: str) -> int:
     try:
         with ExitStack() as stack:
             world = stack.enter_context(joined(config.compute.parallel))
-            if world.first:
-                stack.enter_context(Report.into(files.state / "progress.json"))
             stop = StopFile(files.state / "stop")
+            if world.first:
+                stack.enter_context(Report.into(files.state / "progress.json", stop.deadline))
             train(prepared(config, spec["seed"], spec["learning_rate"], constraint, files, stop, spec["label"], world))
     except StoppedInTime as reason:
         print(f"  {reason}", flush=True)

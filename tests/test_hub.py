@@ -15,8 +15,10 @@ from configs.presets import load
 from tests.fake_stages import ROOT, TINY
 from tests.hub_server import Hub
 from utils.run import hub as hub_module
+from utils.run import patience
 from utils.run.errors import InputError, StoppedInTime
-from utils.run.hub import Fetched, Repository, Unavailable, fetch, is_here, listing
+from utils.run.hub import Fetched, Repository, fetch, is_here, listing
+from utils.run.patience import Unavailable
 from utils.run.preemption import Stop
 
 ROWS = b'{"text": "x"}\n' * 500
@@ -29,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run's own place for files of the hub; nobody waits between two attempts."""
     monkeypatch.delenv("HF_HOME", raising=False)
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setattr(hub_module, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(patience, "WAITS", (0.0, 0.0))
     monkeypatch.setattr(hub_module, "POLL_SECONDS", 0.01)
     return tmp_path / "cache/hub"
 
@@ -185,12 +187,12 @@ def test_a_token_is_used_and_never_said(
 
 def test_the_wait_that_the_hub_asks_for_is_granted_within_bounds(hub: Hub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(hub_module.time, "sleep", waits.append)
+    monkeypatch.setattr(patience.time, "sleep", waits.append)
     hub.add("dataset", "org/pile", FILES)
     hub.fail("GET *api*", 429, retry_after=100_000)
     with pytest.raises(Unavailable):
         get(folder)
-    assert waits == [hub_module.LONGEST_WAIT] * 2
+    assert waits == [patience.LONGEST_WAIT] * 2
 
 
 def test_a_damaged_file_is_fetched_again(hub: Hub, commit: str, folder: Path) -> None:

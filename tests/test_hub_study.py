@@ -22,7 +22,7 @@ from tests.fake_stages import ROOT, TINY
 from tests.hub_server import Hub
 from utils.data.tokenizer import save_tokenizer, train_tokenizer
 from utils.models.loading import save_model, scratch_model
-from utils.run import hub as hub_module
+from utils.run import patience
 from utils.run.artifacts import read_json
 
 WORDS = ("what", "a", "monotone", "layer", "maps", "larger", "inputs", "to", "is", "never", "smaller", "in", "any", "coordinate")
@@ -42,7 +42,7 @@ def published(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Expe
     """Model and text on the hub, in the layout of the study; the experiment that names them."""
     monkeypatch.delenv("HF_HOME", raising=False)
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setattr(hub_module, "WAITS", ())
+    monkeypatch.setattr(patience, "WAITS", ())
     folder = tmp_path / "published"
     shape = load(TINY, ["model.scratch.vocabulary=300"]).model.scratch
     assert shape

@@ -26,7 +26,7 @@ from tests.fake_stages import ROOT, TINY
 from tests.hub_server import Hub
 from utils.data.tokenizer import save_tokenizer, train_tokenizer
 from utils.models.loading import save_model, scratch_model
-from utils.run import hub as hub_module
+from utils.run import patience
 from utils.run.hub import of_entry
 from verify_downloads import main
 
@@ -59,7 +59,7 @@ def study(hub: Hub, model_folder: dict[str, bytes], monkeypatch: pytest.MonkeyPa
     """A hub that holds all that the study asks for, and a disk with room for it."""
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(hub_module, "WAITS", ())
+    monkeypatch.setattr(patience, "WAITS", ())
     free(1000)
     hub.add("model", STUDY.model.name, model_folder, commit=STUDY.model.revision)
     hub.add("model", "EleutherAI/pythia-14m", model_folder)

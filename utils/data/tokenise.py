@@ -24,7 +24,7 @@ from utils.data.tokens import Tokens
 from utils.run.artifacts import link_or_copy, write_json
 from utils.run.cache import cached
 from utils.run.errors import InputError
-from utils.run.hub import Unavailable
+from utils.run.patience import Unavailable
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from utils.run import hub
 from utils.run.checks import Finding
+from utils.run.patience import patiently
 from utils.run.places import needed_gigabytes, unwritable
 from utils.verify.look import Look
 
@@ -45,7 +46,7 @@ def hub_answers(look: Look) -> Finding:
 
     if constants.is_offline_mode():
         return "no", "the network is switched off (HF_HUB_OFFLINE); unset it, or look at the cache alone: --offline"
-    hub.patiently(lambda: get_session().head(constants.ENDPOINT, timeout=SECONDS), "the hub")
+    patiently(lambda: get_session().head(constants.ENDPOINT, timeout=SECONDS), "the hub")
     return "ok", f"{constants.ENDPOINT} answers"
 
 
@@ -57,9 +58,9 @@ def token(look: Look) -> Finding:
 
     given = get_token() is not None
     if given:
-        hub.patiently(lambda: HfApi().whoami(), "your token")
+        patiently(lambda: HfApi().whoami(), "your token")
     for repository, _ in hub.wanted(look.config):
-        hub.patiently(lambda one=repository: HfApi().auth_check(one.name, repo_type=one.kind), str(repository))  # type: ignore[misc]
+        patiently(lambda one=repository: HfApi().auth_check(one.name, repo_type=one.kind), str(repository))  # type: ignore[misc]
     return "ok", f"{'valid' if given else 'none given, none needed'}; everything may be read"
 
 

@@ -12,6 +12,7 @@ from utils.run import hub
 from utils.run.checks import Finding
 from utils.run.errors import InputError
 from utils.run.hub import Facts, Repository
+from utils.run.patience import patiently
 from utils.verify.look import FETCH_ELSEWHERE, Look, faults
 from utils.verify.reach import SECONDS
 
@@ -107,5 +108,5 @@ def _streamed_row(repository: Repository, commit: str, name: str) -> Item:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, Path(name).name)
-        path.write_bytes(hub.patiently(head, f"{name} of {repository}"))
+        path.write_bytes(patiently(head, f"{name} of {repository}"))
         return next(items(path))

@@ -63,6 +63,13 @@ def finished_copy(finished: Path, own_folders: Path) -> Path:
 
 
 @pytest.fixture
+def filled_cache(finished: Path, own_folders: Path) -> Path:
+    """This test's own folders, with tokens and base model of the tiny experiment in the cache."""
+    shutil.copytree(finished / "scratch/foundation_llm_cache", own_folders / "scratch/foundation_llm_cache")
+    return own_folders
+
+
+@pytest.fixture
 def checkout_copy(own_folders: Path) -> Path:
     """What a user has, without anything that was submitted from it: for commands that run as processes of their own."""
     root = own_folders / "checkout"

@@ -41,9 +41,9 @@ def test_information(option: str, checkout_copy: Path) -> None:
     assert shown.stderr == ""
 
 
-def test_first_command_without_sbatch(own_folders: Path) -> None:
+def test_first_command_without_sbatch(filled_cache: Path) -> None:
     assert OF_RUNS[0] == "bash run_all.sh"
-    environment = os.environ | {"PATH": _path_without("sbatch", own_folders / "bin")}
+    environment = os.environ | {"PATH": _path_without("sbatch", filled_cache / "bin")}
     command = ["bash", "run_all.sh", "--config", TINY]
     shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
@@ -62,16 +62,16 @@ def _path_without(program: str, folder: Path) -> str:
     return str(folder)
 
 
-def test_softplus_run(own_folders: Path) -> None:
+def test_softplus_run(filled_cache: Path) -> None:
     (command,) = [command for command in OF_RUNS if "softplus" in command]
     assert main(["run", "--config", TINY, *shlex.split(command)[2:]]) == 0
-    assert final(own_folders, "softplus")["certificate"]["42"]["ffn_monotone"] is True
+    assert final(filled_cache, "softplus")["certificate"]["42"]["ffn_monotone"] is True
 
 
-def test_run_of_two_seeds(own_folders: Path) -> None:
+def test_run_of_two_seeds(filled_cache: Path) -> None:
     (command,) = [command for command in OF_RUNS if "--seeds" in command]
     assert main(["run", "--config", TINY, *shlex.split(command)[2:]]) == 0
-    findings = final(own_folders, "two-seeds")["key_findings"]
+    findings = final(filled_cache, "two-seeds")["key_findings"]
     assert set(findings["perplexity_ratio_by_seed"]) == {"42", "1337"}
 
 

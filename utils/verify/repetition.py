@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from utils.verify.sample import sample_model, sample_texts, sample_tokenizer, wr
 
 STEPS, SAVE_EVERY, KILL_AT = 8, 3, 5  # killed after step 5, hence goes on from step 3
 LENGTH = 32
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,17 @@ def trained(tokens: Path, folder: Path, stop: Stop) -> Outcome:
 
 
 class WaitsInTheMiddle(Stop):
-    """Waits to be killed when it is asked for the flag at the end of step KILL_AT."""
+    """Waits to be killed when it is asked for the flag at the end of step KILL_AT, once the checkpoint before it is there."""
 
-    asked = 0
+    def __init__(self, checkpoints: Path) -> None:
+        super().__init__()
+        self.checkpoints, self.asked = checkpoints, 0
 
     def requested(self) -> bool:
         self.asked += 1
         if self.asked == KILL_AT:
+            while not any(self.checkpoints.glob("step_*")):  # a thread writes it
+                time.sleep(POLL_SECONDS)
             wait()
         return super().requested()
 
@@ -115,7 +121,7 @@ class WaitsInTheMiddle(Stop):
 def main(arguments: Sequence[str]) -> None:
     tokens, folder, threads = arguments
     torch.set_num_threads(int(threads))
-    trained(Path(tokens), Path(folder), WaitsInTheMiddle())
+    trained(Path(tokens), Path(folder), WaitsInTheMiddle(Path(folder) / "checkpoints"))
 
 
 if __name__ == "__main__":

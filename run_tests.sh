@@ -19,9 +19,9 @@ case $kind in
 esac
 choose_python
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
-# One worker more than cores: tests on a cluster mostly wait.
+# Two workers more than cores: tests on a cluster mostly wait.
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-workers=$((cores + 1))
+workers=$((cores + 2))
 "$PYTHON" -m pytest -rs -n "$((workers < 8 ? workers : 8))" --dist worksteal "${options[@]+"${options[@]}"}" "$@"
 if [ "$kind" = coverage ]; then
     "$PYTHON" -m coverage json -q -o .coverage.json

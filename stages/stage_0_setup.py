@@ -57,6 +57,7 @@ STAGE = Stage(
         "hotflip.prefix_tokens",
         "hotflip.scored_tokens",
     ),
+    version=2,
     run=run,
 )
 

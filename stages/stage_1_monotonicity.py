@@ -33,6 +33,7 @@ STAGE = Stage(
         "application_log": "monotonicity_application_log.json",
     },
     config_keys=("monotone", "data.sequence_length", "compute", "evaluate.batch_size", "model.name"),
+    version=2,
     run=run,
 )
 

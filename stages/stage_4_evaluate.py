@@ -45,6 +45,7 @@ STAGE = Stage(
     reads=(*MODELS.values(), "order", "tokenizer", "unigram_counts", "test_tokens"),
     writes={"evaluation_records": "records.jsonl", "evaluation_results": "evaluation_results.json"},
     config_keys=("evaluate", "compute", "model.name", "data.sequence_length"),
+    version=2,
     run=run,
 )
 

@@ -267,3 +267,20 @@ def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "2")):
         monkeypatch.setenv(name, value)
     assert place() == (2, 4, 2)
+
+
+def test_each_process_takes_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three processes on a node of two cards, told by srun: the third shares the first card, and tensors on cards go by NCCL."""
+    said: list[Any] = []
+    for name, value in (("SLURM_PROCID", "5"), ("SLURM_NTASKS", "6"), ("SLURM_LOCALID", "2")):
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", said.append)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, rank, world_size: said.append((backend, rank, world_size)))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: said.append("left"))
+    with joined("ddp") as world:
+        assert (world.rank, world.size, world.first, world.parallel) == (5, 6, False, "ddp")
+    assert said == [0, ("cpu:gloo,cuda:nccl", 5, 6), "left"]

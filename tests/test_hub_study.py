@@ -20,10 +20,14 @@ from configs.schema import Experiment, Paths
 from stages.pipeline import run_each, stages
 from tests.fake_stages import ROOT, TINY
 from tests.hub_server import Hub
+from utils.data import shards
+from utils.data.tokenise import token_cache
 from utils.data.tokenizer import save_tokenizer, train_tokenizer
 from utils.models.loading import save_model, scratch_model
 from utils.run import patience
-from utils.run.artifacts import read_json
+from utils.run.artifacts import inventory, read_json
+from utils.run.errors import StoppedInTime
+from utils.run.preemption import Stop
 
 WORDS = ("what", "a", "monotone", "layer", "maps", "larger", "inputs", "to", "is", "never", "smaller", "in", "any", "coordinate")
 TEXTS = [" ".join(WORDS[(number * step) % len(WORDS)] for step in range(1, 60)) + f" {number}" for number in range(400)]
@@ -173,3 +177,51 @@ def test_no_socket_is_opened_after_setup(published: Experiment, monkeypatch: pyt
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert run_each(stages()[:2], published, published.seeds, discard=False) == 0
+
+
+def with_fallback(config: Experiment, hub: Hub) -> Experiment:
+    """The same experiment, which may read other text in place of its own."""
+    rest = {"val.jsonl.zst": rows(TEXTS[280:360]), "test.jsonl.zst": rows(TEXTS[360:])}
+    hub.add("dataset", "other/text", {"train.jsonl.zst": rows(TEXTS[:280])} | rest)
+    names = {"train": "train", "validation": "val", "test": "test"}
+    data = config.data.model_dump(mode="json") | {
+        "fallback": {split: [f"hf://datasets/other/text/{name}.jsonl.zst"] for split, name in names.items()}
+    }
+    return Experiment.model_validate_json(json.dumps(config.model_dump(mode="json") | {"data": data}))
+
+
+def test_a_model_that_cannot_be_had_is_no_reason_to_read_another_text(
+    published: Experiment, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.gate("model", "EleutherAI/pythia-0m")
+    setup(with_fallback(published, hub), code=2)
+    said = capsys.readouterr()
+    assert "pythia-0m@main: it is gated" in said.err
+    assert "WARNING" not in said.out and not [request for request in hub.requests if "other/text" in request.path]
+
+
+def test_shards_of_a_branch_that_has_moved_are_not_gone_on_with(published: Experiment, hub: Hub, tmp_path: Path) -> None:
+    """Setup is stopped after the first shard; meanwhile the branch gets other text. Nothing of the old one may stay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_TOKENS", 200)
+        with pytest.raises(StoppedInTime):
+            token_cache(published, tmp_path / "cache", OnceAShardIsThere(tmp_path / "cache"))
+        half = {"train/00.jsonl.zst": rows([text.upper() for text in TEXTS[:280]])}
+        rest = {"val.jsonl.zst": rows(TEXTS[280:360][::-1]), "test.jsonl.zst": rows(TEXTS[360:][::-1])}
+        hub.add("dataset", "monology/pile-uncopyrighted", half | rest)
+        gone_on = token_cache(published, tmp_path / "cache", Stop())
+        straight = token_cache(published, tmp_path / "other", Stop())
+    assert inventory(gone_on) == inventory(straight)
+
+
+class OnceAShardIsThere(Stop):
+    """Asks to stop as soon as a shard is on the disk."""
+
+    def __init__(self, cache: Path) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def check(self) -> None:
+        if any(self.cache.glob("tokens-*/state/tokens/*/index.json")):
+            self.reason = "the test says so"
+        super().check()

@@ -16,6 +16,7 @@ from utils.data import embedded
 from utils.data.formats import SUFFIXES, items, readable
 from utils.run import hub
 from utils.run.errors import InputError
+from utils.run.patience import Unavailable
 from utils.run.preemption import Stop
 
 Split = Literal["train", "validation", "attack", "test"]
@@ -32,6 +33,10 @@ class Row:
     ids: NDArray[np.int64] | None = None
 
 
+class TextUnavailable(Unavailable):
+    """The hub cannot give the text. (That it cannot give the model is no reason to read another text.)"""
+
+
 @dataclass(frozen=True)
 class Source:
     """The text of an experiment as it lies on this machine: installed packages, or the files of every entry."""
@@ -42,15 +47,20 @@ class Source:
 
     @classmethod
     def of(cls, data: Data, cache: Path, stop: Stop) -> Source:
-        """Fetch what is on the hub, complete and checked. Raises hub.Unavailable or InputError before anything is read."""
+        """Fetch what is on the hub, complete and checked. Raises TextUnavailable or InputError before anything is read."""
         if data.files is None:
             return cls(data, {}, {})
-        repositories = {
-            repository: hub.fetch(repository, patterns, hub.root(cache), stop) for repository, patterns in hub.of_files(data.files)
-        }
+        try:
+            return cls._fetched(data, data.files, cache, stop)
+        except Unavailable as error:
+            raise TextUnavailable(str(error)) from None
+
+    @classmethod
+    def _fetched(cls, data: Data, files: Files, cache: Path, stop: Stop) -> Source:
+        repositories = {repository: hub.fetch(repository, patterns, hub.root(cache), stop) for repository, patterns in hub.of_files(files)}
         paths: dict[str, list[Path]] = {}
         origins: dict[str, dict[str, Any]] = {}
-        for entry in data.files.named:
+        for entry in files.named:
             if entry.startswith("hf:"):
                 repository, pattern = hub.of_entry(entry)
                 there = hub.listing(repository, hub.root(cache), ask=False)
@@ -62,7 +72,7 @@ class Source:
             else:
                 paths[entry] = local_files(entry)
                 origins[entry] = {str(path): {"bytes": path.stat().st_size} for path in paths[entry]}
-        _refuse_shared(data.files, paths)
+        _refuse_shared(files, paths)
         return cls(data, paths, origins)
 
     def rows(self, split: Split) -> Iterator[Row]:

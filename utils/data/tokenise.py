@@ -18,13 +18,12 @@ from configs.schema import Data, Experiment
 from utils.data.attack_texts import wanted
 from utils.data.encode import Encode, Ids, encoded, encoder
 from utils.data.shards import KEY_BYTES, Shards
-from utils.data.sources import SPLITS, Row, Source, describe
+from utils.data.sources import SPLITS, Row, Source, TextUnavailable, describe
 from utils.data.tokenizer import fetch_tokenizer, load_tokenizer, published_identity, save_tokenizer, train_tokenizer
 from utils.data.tokens import Tokens
-from utils.run.artifacts import link_or_copy, write_json
+from utils.run.artifacts import inventory, link_or_copy, read_json, remove, write_json
 from utils.run.cache import cached
 from utils.run.errors import InputError
-from utils.run.patience import Unavailable
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
 
@@ -61,7 +60,7 @@ def token_cache(config: Experiment, root: Path, stop: Stop) -> Path:
     """
     try:
         return _cache_of(config, config.data, root, stop, None)
-    except Unavailable as error:
+    except TextUnavailable as error:
         if config.data.fallback is None:
             raise InputError(f"{error}. (data.fallback can name other text to be read in such a case)") from None
         print(f"  WARNING: the configured text cannot be had: {error}", flush=True)
@@ -85,6 +84,7 @@ def _cache_of(config: Experiment, data: Data, root: Path, stop: Stop, instead: s
         else:
             end_of_text = fetch_tokenizer(config.model, root, stop, target / "tokenizer")
         words = load_tokenizer(target / "tokenizer")
+        _keep_only_if_made_from({"text": source.origins, "tokenizer": inventory(target / "tokenizer")}, state)
         counts = tokenise(source, words, end_of_text, limits, state / "tokens", stop)
         link_or_copy(state / "tokens", target / "tokens")
         np.save(target / "unigram_counts.npy", Tokens(target / "tokens" / "train").counts(words.get_vocab_size()))
@@ -92,6 +92,14 @@ def _cache_of(config: Experiment, data: Data, root: Path, stop: Stop, instead: s
         write_json(target / "source.json", {"fallback_because": instead, "origins": source.origins} | describe(data))
 
     return cached(root, "tokens", description, build, stop)
+
+
+def _keep_only_if_made_from(inputs: dict[str, Any], state: Path) -> None:
+    """Give up the shards of an interrupted build if they were made from something else: a branch on the hub may have moved since."""
+    noted = state / "inputs.json"
+    if not noted.exists() or read_json(noted) != inputs:
+        remove(state / "tokens")
+        write_json(noted, inputs)
 
 
 def _limits(config: Experiment) -> dict[str, Limits]:

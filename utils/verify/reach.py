@@ -32,10 +32,7 @@ def network(look: Look) -> Finding:
     try:
         socket.create_connection((place.hostname or "", port), timeout=SECONDS).close()
     except OSError as error:
-        return (
-            "warn",
-            f"no direct connection to {place.hostname}:{port} ({error}); fine behind a proxy (HTTPS_PROXY)",
-        )
+        return "warn", f"no direct connection to {place.hostname}:{port} ({error}); fine behind a proxy (HTTPS_PROXY)"
     return "ok", f"{place.hostname}:{port} can be connected to"
 
 

@@ -62,15 +62,18 @@ def _flip_each(scorer: Scorer, attacks: Sequence[Attack], spec: HotFlip, allowed
     editable = slice(1, 1 + spec.prefix_tokens)
     slopes = scorer.gradient(torch.stack([attack.ids for attack in attacks]), spec.scored_tokens, editable)
     proposals = [_proposals(scorer, attack, slope, spec, allowed) for attack, slope in zip(attacks, slopes, strict=True)]
-    edited = torch.cat([_edited(attack.ids, places) for attack, places in zip(attacks, proposals, strict=True)])
-    scores = scorer.nll(edited, spec.scored_tokens).split([len(places) for places in proposals])
-    for attack, places, nll, slope in zip(attacks, proposals, scores, slopes, strict=True):
+    counts = [len(places) for places in proposals]
+    places, tokens = torch.cat(proposals).T
+    which = torch.repeat_interleave(torch.tensor(counts)).to(scorer.device)
+    texts = torch.stack([attack.ids for attack in attacks])
+    scores = scorer.edited_nll(texts, which, 1 + places[:, None], tokens[:, None], spec.scored_tokens).split(counts)
+    for attack, proposed, nll, slope in zip(attacks, proposals, scores, slopes, strict=True):
         attack.evaluations += len(nll)
         best = int(nll.argmax()) if len(nll) else -1
         if best < 0 or float(nll[best]) <= attack.nll[-1] + ADMITTED:
             attack.stuck = True
             continue
-        place, token = places[best].tolist()
+        place, token = proposed[best].tolist()
         old = int(attack.ids[1 + place])
         change = scorer.embeddings[token] - scorer.embeddings[old]
         attack.flips.append({"position": place, "old": old, "new": token, "predicted": float(slope[place] @ change)})
@@ -85,13 +88,6 @@ def _proposals(scorer: Scorer, attack: Attack, slope: Tensor, spec: HotFlip, all
     free[[flip["position"] for flip in attack.flips]] = False
     current = attack.ids[1 : 1 + spec.prefix_tokens]
     return first_order_candidates(scorer, slope, current, free, spec.candidates)
-
-
-def _edited(ids: Tensor, places: Tensor) -> Tensor:
-    """(K, T) copies of ids (T,), each with one token replaced."""
-    copies = ids.repeat(len(places), 1)
-    copies[torch.arange(len(places)), 1 + places[:, 0]] = places[:, 1]
-    return copies
 
 
 def random_control(scorer: Scorer, ids: Tensor, text_id: str, spec: HotFlip, allowed: Tensor) -> list[float]:

@@ -40,6 +40,11 @@ class Scorer:
         self.forwards += len(ids)
         return torch.cat([self._losses(part, self._embed(part), scored) for part in self._parts(ids)])
 
+    def edited_nll(self, ids: Tensor, which: Tensor, places: Tensor, tokens: Tensor, scored: int) -> Tensor:
+        """(K,) as `nll`, of edited texts: edit k writes tokens (K, m) at places (K, m) of text ids[which[k]]; ids (B, T), which (K,)."""
+        copies = ids[which]
+        return self.nll(copies.scatter_(1, places, tokens), scored)
+
     def gradient(self, ids: Tensor, scored: int, edited: slice) -> Tensor:
         """d NLL / d embedding of the tokens in `edited`: ids (N, T) -> (N, E, d), of the mean over the scored tokens."""
         self.backwards += len(ids)

@@ -103,9 +103,10 @@ class TriggerSearch:
         slope = self.scorer.gradient(ids, search.shape[1], slice(1 + place, 2 + place)).sum(dim=0)  # (1, d)
         current = torch.tensor([state.trigger[place]], device=slope.device)
         proposed = first_order_candidates(self.scorer, slope, current, self.allowed[None], self.spec.candidates)[:, 1]
-        edited = ids.repeat(len(proposed), 1, 1)  # (K, M, T)
-        edited[:, :, 1 + place] = proposed[:, None]
-        scores = self.scorer.nll(edited.flatten(0, 1), search.shape[1]).view(len(proposed), -1).double().mean(dim=1)
+        which = torch.arange(len(ids), device=ids.device).repeat(len(proposed))
+        tokens = proposed.repeat_interleave(len(ids))[:, None]  # (K*M, 1)
+        nll = self.scorer.edited_nll(ids, which, torch.full_like(tokens, 1 + place), tokens, search.shape[1])
+        scores = nll.view(len(proposed), -1).double().mean(dim=1)
         best = int(scores.argmax())
         if float(scores[best]) > state.objective + ADMITTED:
             state.trigger[place] = int(proposed[best])

@@ -64,6 +64,9 @@ class Scratch(Section):
     sequence_length: Positive = Field(description="predicted tokens a sequence")
     learning_rate: Rate = Field(description="peak of the cosine schedule")
     seed: Count = Field(0, description="of initialisation and data order; one base serves every seed of a run")
+    earlier: tuple[Positive, ...] = Field(
+        (), description="steps at which the model is kept, rising, for the attacks' control of equal quality"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Scratch:
@@ -73,6 +76,8 @@ class Scratch(Section):
             raise ValueError(
                 f"hidden/heads={self.hidden // self.heads}, expected a multiple of 8 (a quarter of each head is rotated, in pairs)"
             )
+        if list(self.earlier) != sorted({step for step in self.earlier if step < self.steps}):
+            raise ValueError(f"earlier={list(self.earlier)}, expected rising steps below steps={self.steps}")
         if self.sequence_length > self.context:
             raise ValueError(f"sequence_length={self.sequence_length} exceeds context={self.context}")
         if self.vocabulary < 257:
@@ -87,11 +92,20 @@ class Model(Section):
     name: str = Field(description="hub name or folder of the checkpoint; for scratch a label")
     revision: str = Field("main", description="hub revision; setup records the commit it resolved to")
     scratch: Scratch | None = Field(None, description="shape and pretraining, for source=scratch")
+    earlier_revisions: tuple[str, ...] = Field(
+        (),
+        description="earlier checkpoints of a published model, oldest first. The attacks' control of equal quality is taken from between "
+        "them and the base; empty: from the recovery training alone, or left out",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Model:
         if (self.source == "scratch") != (self.scratch is not None):
             raise ValueError("the section model.scratch is given if and only if model.source is 'scratch'")
+        if self.scratch and self.earlier_revisions:
+            raise ValueError(
+                f"earlier_revisions={list(self.earlier_revisions)} of a model that is pretrained here; expected scratch.earlier"
+            )
         return self
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ class Run:
     compiled: bool = False
     world: World = ALONE
     log_to: str = "none"
+    milestones: Mapping[int, Path] = field(default_factory=dict)  # {steps done: folder that the model of then is stored in}
 
     @property
     def device(self) -> torch.device:

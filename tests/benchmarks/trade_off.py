@@ -47,18 +47,18 @@ UNCONSTRAINED = "unconstrained"
 ARMS: dict[str, tuple[str, ...]] = {
     UNCONSTRAINED: (),
     "all-plus": (),
-    "all-plus, least squares": ("monotone.start=least_squares",),
-    "all-plus, layer-wise 10 %": ("monotone.layerwise_share=0.1",),
-    "lift (control)": ("monotone.start=lift", "monotone.activation=clamped_gelu"),
-    "balanced": ("monotone.order=balanced", *SIGNED, "monotone.norm_gain=positive"),
-    "64 directions": ("monotone.order=directions", "monotone.directions=64", *SIGNED),
-    "256 directions": ("monotone.order=directions", "monotone.directions=256", *SIGNED),
     "published": (*PUBLISHED, SLOW, PLAIN),
     "published, lr 1e-3": (*PUBLISHED, PLAIN),
     "published, re-centred": (*PUBLISHED[:2], SLOW, PLAIN),
     "published, ReLU": (PUBLISHED[0], PUBLISHED[2], SLOW, PLAIN),
     "published, projected": (*PUBLISHED[1:], SLOW, PLAIN),
     "published, distilling": (*PUBLISHED, SLOW),
+    "all-plus, least squares": ("monotone.start=least_squares",),
+    "all-plus, layer-wise 10 %": ("monotone.layerwise_share=0.1",),
+    "lift (control)": ("monotone.start=lift", "monotone.activation=clamped_gelu"),
+    "balanced": ("monotone.order=balanced", *SIGNED, "monotone.norm_gain=positive"),
+    "64 directions": ("monotone.order=directions", "monotone.directions=64", *SIGNED),
+    "256 directions": ("monotone.order=directions", "monotone.directions=256", *SIGNED),
 }
 
 
@@ -100,8 +100,8 @@ def with_controls(tasks: Iterable[Task]) -> list[Task]:
 def plan(seeds: list[int], finalists: int, screen: int) -> list[Task]:
     long, short = f"training.steps={finalists}", f"training.steps={screen}"
     chosen = [Task(arm, seed, (long, FAST)) for arm in ("all-plus", "256 directions", "balanced") for seed in seeds if finalists]
-    slower = [Task(UNCONSTRAINED, seeds[0], (long,))] if finalists else []
-    return with_controls((*chosen, *slower, *(Task(arm, seeds[0], (short,)) for arm in ARMS if screen)))
+    screened = [Task(arm, seeds[0], (short,)) for arm in ARMS if screen and arm not in ("256 directions", "balanced")]
+    return [*with_controls(chosen), *with_controls(screened)]
 
 
 def configured(preset: str, overrides: list[str], task: Task) -> tuple[Experiment, float]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -16,7 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from configs.presets import ConfigError, load
 from configs.schema import Experiment, Monotone
-from tests.fake_stages import TINY
+from stages.pipeline import run_each, stages
+from stages.stage_4_evaluate import MODELS
+from tests.fake_stages import ROOT, TINY
 from utils.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from utils.evaluation.benchmarks import benchmark_stored, fetch_benchmarks
 from utils.models.convert import convert
@@ -217,3 +221,24 @@ def test_benchmarks_without_the_harness_are_refused_by_the_configuration(monkeyp
     assert configured().evaluate.benchmarks == ()
     with pytest.raises(ConfigError, match="names a task twice"):
         load(TINY, ["evaluate.benchmarks=[piqa,piqa]"])
+
+
+def test_without_benchmarks_the_harness_is_not_imported() -> None:
+    code = "import sys, utils.evaluation.benchmarks, utils.evaluation.generation; sys.exit('lm_eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.integration
+def test_the_stages_run_a_benchmark_on_all_models(
+    own_cache: Path, filled_cache: Path, choices: Path, stage_folder: Callable[[Path, int], Path]
+) -> None:
+    """Setup reads the items, stage 4 runs them on all four models, and the results hold what the report needs."""
+    config = load(TINY, [f"evaluate.benchmarks=[{choices}]", "evaluate.generation_prompts=2"])
+    assert run_each(stages()[:5], config, config.seeds, discard=False) == 0
+    folder = stage_folder(filled_cache, 4)
+    rows = [json.loads(line) for line in (folder / "benchmark_records.jsonl").read_text().splitlines()]
+    assert {(row["model"], row["item"]) for row in rows} == {(name, item) for name in MODELS for item in range(len(QUESTIONS))}
+    found = json.loads((folder / "evaluation_results.json").read_text())
+    assert found["benchmarks"]["tasks"]["own_choices"]["items"] == len(QUESTIONS)
+    assert found["generation"]["prompts"] == 2 and found["published_values"] == []
+    assert len((folder / "generation_records.jsonl").read_text().splitlines()) == 2 * 5

@@ -21,7 +21,7 @@ from utils.data.tokens import Tokens
 from utils.models.loading import autocast, device_of, load_model
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
-from utils.run.records import Row, grouped, write_rows
+from utils.run.records import Row, write_rows
 
 PROMPT, NEW = 50, 100  # tokens, where the context has room for them
 TEXT = "text"  # in place of a model: how the document itself goes on
@@ -55,9 +55,9 @@ def continuations(model: PreTrainedModel, ids: NDArray[np.int64], new: int, prec
         use_cache=True,
     )
     written: list[list[int]] = []
-    for rows in grouped(ids, batch_size):
+    for start in range(0, len(ids), batch_size):
         stop.check()
-        given = torch.from_numpy(np.stack(rows)).to(model.device)
+        given = torch.from_numpy(ids[start : start + batch_size]).to(model.device)
         with autocast(model.device, precision):
             made = model.generate(given, attention_mask=torch.ones_like(given), generation_config=how)
         written += made[:, given.shape[1] :].tolist()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -21,12 +22,17 @@ from configs.schema import Experiment, Monotone
 from stages.pipeline import run_each, stages
 from stages.stage_4_evaluate import MODELS
 from tests.fake_stages import ROOT, TINY
+from tests.hub_server import Hub
 from utils.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from utils.evaluation.benchmarks import benchmark_stored, fetch_benchmarks
 from utils.models.convert import convert
 from utils.models.loading import load_model, save_model, scratch_model
+from utils.run.checks import examined
 from utils.run.errors import InputError, StoppedInTime
+from utils.run.folders import Folders
 from utils.run.preemption import Stop
+from utils.verify.benchmarks import benchmarks
+from utils.verify.look import Look
 
 pytest.importorskip("lm_eval", reason="the package lm_eval is not installed")
 QUESTIONS = [("the sum of one", ["and one", "or two and three", "x"], 0), ("a b a", ["b", "a", "the the"], 1), ("def f", ["(x):", "is"], 1)]
@@ -39,7 +45,8 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     monkeypatch.delenv("HF_HOME", raising=False)
     monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", constants.HF_HUB_CACHE)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     yield tmp_path / "cache"
 
 
@@ -207,7 +214,7 @@ def test_what_cannot_be_had_is_refused_with_the_way_out(own_cache: Path, tmp_pat
     for name, words in [
         ("lambada_openay", r"found 'lambada_openay', expected a task of lm_eval .*, or a YAML file"),
         ("nowhere.yaml", r"found 'nowhere.yaml', expected an existing file"),
-        ("lambada_openai", r"the items of 'lambada_openai' cannot be had .*run stage 0 there"),
+        ("lambada_openai", r"the items of 'lambada_openai' cannot be had .*verify_downloads.py --full"),
     ]:
         with pytest.raises(InputError, match=words):
             fetch_benchmarks(configured(name), own_cache)
@@ -223,9 +230,41 @@ def test_benchmarks_without_the_harness_are_refused_by_the_configuration(monkeyp
         load(TINY, ["evaluate.benchmarks=[piqa,piqa]"])
 
 
+def test_items_come_from_the_hub_once(own_cache: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Setup or verify_downloads fetches them to the run's cache; afterwards nothing is asked of the network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", constants.ENDPOINT)
+    hub.add("dataset", "org/items", {"test.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in SENTENCES).encode()})
+    settings = {"doc_to_text": "{{text}}", "doc_to_target": " and", "metric_list": [{"metric": "acc"}]}
+    path = task_file(tmp_path, "hubbed", [], output_type="loglikelihood", dataset_path="org/items", dataset_kwargs={}, **settings)
+
+    def looked(mode: str, cache: Path) -> tuple[str, str]:
+        config = configured(path)
+        found = examined(
+            "benchmarks", "", lambda: benchmarks(Look(config, replace(Folders.of(config.paths, "x"), cache=cache), mode, Stop()))
+        )
+        return found.verdict, found.words
+
+    assert looked("quick", own_cache) == ("skip", "1 benchmarks; setup fetches their items, and so does --full")
+    assert hub.requests == [] and looked("offline", own_cache)[0] == "no" and hub.requests == []
+    assert looked("full", own_cache) == ("ok", "1 tasks, 3 items, all here")
+    assert sorted(path.name for path in own_cache.iterdir()) == ["datasets", "hub"]
+    hub.requests.clear()
+    assert looked("offline", own_cache) == ("ok", "1 tasks, 3 items, all here")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    fetch_benchmarks(configured(path), own_cache)
+    with pytest.raises(InputError, match=r"the items of .*hubbed.yaml' cannot be had"):
+        fetch_benchmarks(configured(path), tmp_path / "another cache")
+    assert hub.requests == []
+    assert benchmarks(Look(configured(), Folders.of(configured().paths, "x"), "full", Stop()))[0] == "skip"
+
+
 def test_without_benchmarks_the_harness_is_not_imported() -> None:
-    code = "import sys, utils.evaluation.benchmarks, utils.evaluation.generation; sys.exit('lm_eval' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    """It takes seconds, and is nobody's need: one file imports it, and whoever needs that file does so when it is at work."""
+    for path in ROOT.glob("utils/*/*.py"):
+        loaded = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = {name for node in loaded for name in (getattr(node, "module", None), *(one.name for one in node.names)) if name}
+        assert path.name == "harness.py" or not any(name.startswith(("lm_eval", "utils.evaluation.harness")) for name in names), path
 
 
 @pytest.mark.integration

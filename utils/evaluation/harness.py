@@ -14,12 +14,14 @@ from typing import Any
 
 import datasets
 import lm_eval
+from huggingface_hub import constants
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, PreTrainedModel
 
 from configs.schema import Experiment
+from utils.run import hub
 from utils.run.errors import InputError
 from utils.run.preemption import Stop
 from utils.run.records import Row
@@ -37,6 +39,7 @@ def load_tasks(names: Sequence[str], root: Path) -> Tasks:
     An entry is a task of the harness or a YAML file. Items lie in `root`, the run's own cache, unless the user has a place for them
     (HF_HOME, HF_DATASETS_CACHE). Raises InputError for an unknown task, and if its items cannot be had.
     """
+    constants.HF_HUB_CACHE = str(hub.root(root))
     if not (os.environ.get("HF_HOME") or os.environ.get("HF_DATASETS_CACHE")):
         datasets.config.HF_DATASETS_CACHE = root / OWN
     datasets.disable_progress_bars()
@@ -63,7 +66,7 @@ def _load(manager: TaskManager, name: str) -> dict[str, Task]:
         said = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"evaluate.benchmarks: the items of {name!r} cannot be had ({type(error).__name__}: {said}). Fetch them once where there is a "
-            "network: run stage 0 there (bash run_all.sh --local --to 0 with this configuration), or leave the benchmark out"
+            "network: python verify_downloads.py --full (with this --config), or stage 0; or leave the benchmark out"
         ) from None
     for task in tasks.values():
         task.set_config("num_fewshot", 0)

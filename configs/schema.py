@@ -83,8 +83,13 @@ class Scratch(Section):
 class Model(Section):
     """The base model."""
 
-    source: Literal["scratch", "pretrained"] = Field(description="pretrained at setup, or a published checkpoint")
-    name: str = Field(description="hub name or folder of the checkpoint; for scratch a label")
+    source: Literal["scratch", "pretrained", "gguf"] = Field(
+        description="pretrained at setup, a published checkpoint, or a GGUF file, whose weights are unpacked (package gguf)"
+    )
+    name: str = Field(
+        description="hub name or folder of the checkpoint; for gguf the file, or PACKAGE/FILE if an installed Python package carries it; "
+        "for scratch a label"
+    )
     revision: str = Field("main", description="hub revision; setup records the commit it resolved to")
     scratch: Scratch | None = Field(None, description="shape and pretraining, for source=scratch")
 

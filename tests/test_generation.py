@@ -66,6 +66,12 @@ def test_continuations_equal_a_loop_without_a_cache(batch_size: int) -> None:
     made = continuations(model, ids, 20, "fp32", batch_size, Stop())
     assert made == [slow(model, row, 20) for row in ids.tolist()]
     assert all(0 not in row for row in made)
+    with torch.no_grad():  # now it would rather end
+        table = model.get_output_embeddings().weight
+        table[0] = 1.5 * table[max(made[0], key=made[0].count)]
+        assert int(model(torch.from_numpy(np.append(ids[0], made[0][:-1])[None])).logits.argmax(dim=-1).eq(0).sum()) > 0
+    made = continuations(model, ids, 20, "fp32", batch_size, Stop())
+    assert made == [slow(model, row, 20) for row in ids.tolist()] and all(0 not in row for row in made)
     model.generation_config.update(repetition_penalty=1.7, no_repeat_ngram_size=2)  # as some published models are set
     assert continuations(model, ids, 20, "fp32", batch_size, Stop()) == made
 

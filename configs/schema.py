@@ -111,6 +111,8 @@ class Model(Section):
             raise ValueError(
                 f"earlier_revisions={list(self.earlier_revisions)} of a model that is pretrained here; expected scratch.earlier"
             )
+        if self.source == "gguf" and self.earlier_revisions:
+            raise ValueError(f"earlier_revisions={list(self.earlier_revisions)} of a file, which has none; expected []")
         return self
 
 

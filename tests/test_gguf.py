@@ -95,6 +95,11 @@ def test_what_reads_it_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         gguf_file("x.gguf")
 
 
+def test_a_file_has_no_revisions() -> None:
+    with pytest.raises(ValueError, match="of a file, which has none"):
+        Model(source="gguf", name="x.gguf", earlier_revisions=("step1",))
+
+
 def test_it_is_looked_at_beforehand(tiny_file: Tiny) -> None:
     config = load(TINY, ["model.source=gguf", f"model.name={tiny_file[0]}", "model.scratch=null"])
     look = Look(config, Folders.of(config.paths, "x"), "offline", Stop())

@@ -85,8 +85,10 @@ def generate_stored(
     spec, device, words = config.evaluate, device_of(config.compute), load_tokenizer(tokenizer)
     documents, ids, new = prompts(Tokens(test_tokens), spec)
     written = {TEXT: ids[:, -new:].tolist()}
+    if not documents:
+        models = {}
     progress = Progress("write on", len(models))
-    for name, folder in models.items() if documents else ():
+    for name, folder in models.items():
         model = load_model(folder, device)
         written[name] = continuations(model, ids[:, :-new], new, config.compute.precision, spec.batch_size, stop)
         progress.advance(note=name)

@@ -41,7 +41,7 @@ def test_it_halves_until_it_fits_remembers_and_grows_again(small: Budget) -> Non
     assert sizes == [10, 5, 2, 2, 2, 4, 2, 2]  # three passes without an error: doubled, which was too much
     assert small.rows == 20
     sizes.clear()
-    small.spread(lambda part: run(part, 10), 30, 10)
+    small.spread(lambda part: run(part, 10), 80, 10)
     assert sizes[0] == 2
     assert max(sizes) == 10
     assert small.rows == 100

@@ -113,8 +113,11 @@ def test_no_edit_gives_no_loss(scorer: Scorer, ids: Tensor) -> None:
     assert scorer.edited_nll(ids, none[:, 0], none, none, SCORED).shape == (0,)
 
 
-def test_an_edit_of_a_scored_token_is_scored_as_written(scorer: Scorer, model: PreTrainedModel, ids: Tensor) -> None:
-    edits = torch.tensor([1, 2]), torch.tensor([[12], [14]]), torch.tensor([[5], [9]])
+def test_an_edit_of_a_scored_token_is_scored_as_written(
+    scorer: Scorer, model: PreTrainedModel, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "LEAST_PREFIX", 1)
+    edits = torch.tensor([1, 2, 0]), torch.tensor([[12], [14], [9]]), torch.tensor([[5], [9], [2]])
     expected = Referee(model).nll(written(ids, *edits), SCORED)
     torch.testing.assert_close(scorer.edited_nll(ids, *edits, SCORED), expected, **EXACT)
 

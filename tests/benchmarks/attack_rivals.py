@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from transformers import PreTrainedModel
 
 
 class NanoGCG:
-    """nanoGCG 0.3 in its own process, with the packages of a folder of wheels, on the same weights in bf16."""
+    """nanoGCG 0.3 in its own process, with the packages of a folder of wheels, on the same weights in half precision."""
 
-    def __init__(self, wheels: Path, folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, task: dict[str, str]) -> None:
+    def __init__(self, wheels: Path, folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, task: dict[str, Any]) -> None:
+        self.format = "fp16" if model.device.type == "cuda" else "bf16"  # fp16 products are slow on CPUs
         packages = folder / "packages"
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(packages)]
-        subprocess.run([*install, *map(str, sorted(wheels.glob("*.whl")))], check=True)
+        for wheel in sorted(wheels.glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(packages)
         config = model.config
         shape = {
             "vocab_size": config.vocab_size,
@@ -48,7 +51,9 @@ class NanoGCG:
             name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items() if tensor.is_floating_point()
         }
         save_file(weights, str(folder / "weights.safetensors"))
-        environment = {**os.environ, "PYTHONPATH": str(packages), "TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error"}
+        path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_OFFLINE": "1", "USE_TF": "0", "USE_FLAX": "0"}
+        environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true", **quiet}
         program = Path(__file__).with_name("nanogcg_process.py")
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", str(program), str(folder)],

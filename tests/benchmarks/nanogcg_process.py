@@ -35,14 +35,16 @@ def sync() -> None:
 
 
 class Side:
-    """The model in bf16, and what was seen in the steps of a run."""
+    """The model in the weights' format, and what was seen in the steps of a run."""
 
     def __init__(self, folder: Path) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.task = json.loads((folder / "task.json").read_text())
-        with torch.device(device):
-            self.model = GPTNeoXForCausalLM(GPTNeoXConfig(**json.loads((folder / "shape.json").read_text()))).to(torch.bfloat16).eval()
         weights = load_file(folder / "weights.safetensors", device=device)
+        with torch.device(device):
+            self.model = GPTNeoXForCausalLM(GPTNeoXConfig(**json.loads((folder / "shape.json").read_text()))).eval()
+        for parameter in self.model.parameters():  # not the angles of rotary positions: from_pretrained leaves them in fp32 too
+            parameter.data = parameter.data.to(weights["lm_head.weight"].dtype)
         weights["embed_out.weight"] = weights.pop("lm_head.weight")
         found = self.model.load_state_dict(weights, strict=False)
         left = [name for name in found.missing_keys if not name.endswith(("inv_freq", "masked_bias", "attention.bias"))]
@@ -76,7 +78,15 @@ class Side:
         set_seed(seed)  # GCGConfig.seed would also switch to deterministic, slower kernels
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        config = nanogcg.GCGConfig(num_steps=steps, batch_size=batch_size, optim_str_init=self.task["start"], verbosity="ERROR", **settings)
+        config = nanogcg.GCGConfig(
+            num_steps=steps,
+            search_width=self.task["width"],
+            topk=self.task["topk"],
+            batch_size=batch_size,
+            optim_str_init=self.task["start"],
+            verbosity="ERROR",
+            **settings,
+        )
         found = nanogcg.run(self.model, self.tokenizer, self.task["prefix"], self.task["target"], config)
         return {
             "seconds": [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)],

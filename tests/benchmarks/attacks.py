@@ -38,6 +38,7 @@ from utils.attacks.hotflip import attack_batch
 from utils.attacks.race import best_edit
 from utils.attacks.scoring import Scorer, first_order_candidates, in_format
 from utils.attacks.uat import with_trigger
+from utils.models.blocks import prepare_blocks
 
 EXACT = {"fp32": 1e-4, "bf16": 0.05}  # nats per token that engine and referee may differ by, in the mean over the scored tokens
 
@@ -62,7 +63,7 @@ def every_candidate(bench: Bench, scorer: Scorer, ids: Tensor, place: int, candi
     return nll.view(len(candidates), -1).mean(dim=1)
 
 
-def part_b(bench: Bench) -> None:
+def part_b(bench: Bench, compiled: bool) -> None:
     shape, found = bench.shape, bench.found.setdefault("B", {})
     ids, place, candidates = trigger_position(bench)
     fast, half = bench.fast, in_format(bench.model, torch.bfloat16)
@@ -74,6 +75,10 @@ def part_b(bench: Bench) -> None:
         "port, fp32": (few["port, fp32"], lambda: one_at_a_time(bench.model, ids, place, candidates[: few["port, fp32"]], shape.text)),
         "port, bf16": (few["port, bf16"], lambda: one_at_a_time(half, ids, place, candidates[: few["port, bf16"]], shape.text)),
     }
+    if compiled:
+        blocks = Scorer(bench.model, "bf16")
+        prepare_blocks(blocks.network, True)
+        acts["engine, all texts, compiled blocks"] = len(candidates), lambda: every_candidate(bench, blocks, ids, place, candidates)
     flops, rates, peaks = {}, {name: [] for name in acts}, {}
     for number in range(ROUNDS + 1):  # the first is to warm up
         for name, (count, act) in acts.items():
@@ -81,7 +86,7 @@ def part_b(bench: Bench) -> None:
             before = fast.work
             seconds = seconds_of(act)
             peaks[name] = peak()
-            flops[name] = (fast.work - before).flops or count * fast.prices.scoring(1, ids.numel(), ids.numel()).flops
+            flops[name] = (fast.work - before).flops or count * row_flops(bench, name, ids)
             if number:
                 rates[name].append(count / seconds)
     matmul = matmul_rate(bench.device, shape.matmul)
@@ -95,9 +100,22 @@ def part_b(bench: Bench) -> None:
         share = median([100 * one for one in shares[name]])
         print(f"| {name} | {median(each)} | {share} % | {statistics.median(each) / port:.1f} | {peaks[name]:.1f} |")
     race_quality(bench, found)
-    best = max(statistics.median(rates[name]) for name in ("engine, all texts", "engine, race"))
-    found["ratio"], found["share"] = best / port, statistics.median(shares["engine, all texts"])
+    found["ratio_of_all_texts"] = statistics.median(rates["engine, all texts"]) / port
+    found["ratio"] = statistics.median(rates["engine, race"]) / port
+    found["share"] = statistics.median(shares["engine, all texts"])
+    print(
+        f"\nratio to the port in fp32: {found['ratio_of_all_texts']:.1f} with all texts, {found['ratio']:.1f} in a race (goal "
+        f"{GOALS['B']}); share of the matrix-product rate {100 * found['share']:.0f} % (goal {100 * GOALS['B share']:.0f} %)",
+        flush=True,
+    )
     found["reached"] = found["ratio"] >= GOALS["B"] and found["share"] >= GOALS["B share"]
+
+
+def row_flops(bench: Bench, name: str, ids: Tensor) -> int:
+    """FLOP of one candidate over all texts where the engine `fast` did not count them: a port makes all logits, also of the last row."""
+    rows = ids.numel() if name.startswith("port") else len(ids) * (ids.shape[1] - 1)
+    scored = rows if name.startswith("port") else len(ids) * bench.shape.text
+    return bench.fast.prices.scoring(len(ids), rows, scored).flops
 
 
 def race_quality(bench: Bench, found: dict[str, Any]) -> None:
@@ -299,6 +317,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--model", type=Path, help="folder of a GPT-NeoX model of that shape, in place of random weights")
     parser.add_argument("--wheels", type=Path, help="folder of the wheels of nanoGCG 0.3.0 and of what it needs, for this Python")
+    parser.add_argument("--compiled", action="store_true", help="measure part B with compiled blocks too; compilation takes minutes")
     parser.add_argument("--only", choices=("A", "B", "C"), help="one part alone")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
@@ -320,7 +339,7 @@ def main() -> None:
     part(bench, "gate", lambda: agrees.append(gate(bench, task)), options.out)
     if agrees != [True]:
         raise SystemExit("no times: engine and referee do not agree")
-    acts = {"A": lambda: suffix_part(bench, options.wheels, task), "B": lambda: part_b(bench), "C": lambda: part_c(bench)}
+    acts = {"A": lambda: suffix_part(bench, options.wheels, task), "B": lambda: part_b(bench, options.compiled), "C": lambda: part_c(bench)}
     for name in wanted:
         part(bench, name, acts[name], options.out)
     print(f"\n{time.perf_counter() - began:.0f} s in all", flush=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.attacks.work import Prices, Work
 
-LEAST_PREFIX = 32  # tokens; copying the keys and values of a shorter beginning costs more than computing it again
+LEAST_PREFIX = 32  # tokens; a shorter beginning saves too little for the copies of keys and values that its use needs
 ENOUGH = 8192  # rows that fill a GPU; edits at other places then go into a pass of their own, which computes fewer rows
 
 

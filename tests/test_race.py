@@ -1,48 +1,55 @@
-"""The race against scoring every edit on every text."""
+"""Successive halving of edits: exact scores for those that arrive, and the work that the rounds promise."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.tiny_models import VOCABULARY, random_ids, random_model
-from utils.attacks.race import best_edit
-from utils.attacks.referee import Referee
+from tests.tiny_models import VOCABULARY, Planted, random_ids, random_model
+from utils.attacks.race import race
 from utils.attacks.scoring import Scorer
 
-SCORED = 10
+SCORED, COUNT = 6, 24
 
 
-def everywhere(ids: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
-    """(K,) mean loss over all texts by the referee."""
-    referee, means = Referee(random_model(spread=0.4)), []
-    for where, what in zip(places, tokens, strict=True):
-        edited = ids.clone()
-        edited[:, where] = what
-        means.append(referee.nll(edited, SCORED).double().mean())
-    return torch.stack(means)
+def edits() -> tuple[torch.Tensor, torch.Tensor]:
+    """A token each at place 2, in no order."""
+    tokens = 1 + torch.randperm(VOCABULARY - 1, generator=torch.Generator().manual_seed(0))[:COUNT, None]
+    return torch.full_like(tokens, 2), tokens
 
 
-@pytest.mark.parametrize("texts", [3, 4, 20])
-def test_the_winner_is_scored_on_all_texts_and_among_the_best(texts: int) -> None:
-    ids, scorer = random_ids(texts, 14), Scorer(random_model(spread=0.4), "fp32")
-    places, tokens = torch.full((VOCABULARY - 1, 1), 2), torch.arange(1, VOCABULARY)[:, None]
-    winner, nll = best_edit(scorer, ids, places, tokens, SCORED)
-    means = everywhere(ids, places, tokens)
-    assert float(nll) == pytest.approx(float(means[winner]), rel=1e-5)
-    assert int((means > nll + 1e-6).sum()) <= (0 if texts <= 4 else 2)
+def exact(scorer: Scorer, ids: torch.Tensor) -> torch.Tensor:
+    """(K,) mean over all texts, one edit at a time."""
+    places, tokens = edits()
+    copies = [ids.scatter(1, places[row].expand(len(ids), 1), tokens[row].expand(len(ids), 1)) for row in range(COUNT)]
+    return torch.stack([scorer.nll(copy, SCORED).double().mean() for copy in copies])
 
 
-def test_it_scores_less() -> None:
-    """39 edits on 4 texts, 19 on the next 4, 9 on the next 8, 4 on the last 16."""
-    ids, scorer = random_ids(32, 14), Scorer(random_model(), "fp32")
-    best_edit(scorer, ids, torch.full((39, 1), 2), torch.arange(1, 40)[:, None], SCORED)
-    assert scorer.work.forwards == 39 * 4 + 19 * 4 + 9 * 8 + 4 * 16
+@pytest.mark.parametrize("keep", [0.25, 0.5, 1.0])
+def test_those_that_arrive_have_their_exact_loss_on_all_texts(keep: float) -> None:
+    scorer, ids = Scorer(random_model(), "fp32"), random_ids(13, 10)
+    numbers, nll = race(scorer, ids, *edits(), SCORED, keep, least=3)
+    torch.testing.assert_close(nll, exact(scorer, ids)[numbers], rtol=1e-5, atol=1e-6)
+    assert nll.tolist() == sorted(nll.tolist(), reverse=True)
+    assert len(numbers) == {0.25: 3, 0.5: 6, 1.0: COUNT}[keep]
 
 
-def test_all_edits_run_where_none_may_be_dropped() -> None:
-    ids, scorer = random_ids(20, 14), Scorer(random_model(spread=0.4), "fp32")
-    places, tokens = torch.full((VOCABULARY - 1, 1), 2), torch.arange(1, VOCABULARY)[:, None]
-    winner, _ = best_edit(scorer, ids, places, tokens, SCORED, keep=1.0)
-    assert int(winner) == int(everywhere(ids, places, tokens).argmax())
+def test_keeping_all_is_scoring_all() -> None:
+    scorer, ids = Scorer(random_model(), "fp32"), random_ids(9, 10)
+    numbers, _ = race(scorer, ids, *edits(), SCORED, 1.0)
+    assert float(exact(scorer, ids)[numbers[0]]) == pytest.approx(float(exact(scorer, ids).max()))
+
+
+def test_a_weakness_on_which_all_texts_agree_wins() -> None:
+    planted = Planted({1: 11})
+    places, tokens = edits()
+    numbers, nll = race(Scorer(planted.model, "fp32"), planted.texts(16, 4, SCORED), places, tokens, SCORED, 0.25)
+    assert int(tokens[numbers[0]]) == 11
+    assert float(nll[0]) == pytest.approx(planted.nll(1), abs=1e-4)
+
+
+def test_work_of_the_rounds() -> None:
+    """24 edits on 4 texts, 12 on 4 more, 6 on the other 8."""
+    scorer = Scorer(random_model(), "fp32")
+    race(scorer, random_ids(16, 10), *edits(), SCORED, 0.5)
+    assert scorer.forwards == 24 * 4 + 12 * 4 + 6 * 8

@@ -35,7 +35,7 @@ from tests.benchmarks.attack_rivals import NanoGCG, one_at_a_time, one_shot
 from tests.benchmarks.attack_suffix import SuffixSearch, part_a, suffix_task
 from utils.attacks import edits
 from utils.attacks.hotflip import attack_batch
-from utils.attacks.race import best_edit
+from utils.attacks.race import race
 from utils.attacks.scoring import Scorer, first_order_candidates, in_format
 from utils.attacks.uat import with_trigger
 from utils.models.blocks import prepare_blocks
@@ -71,7 +71,7 @@ def part_b(bench: Bench, compiled: bool) -> None:
     places = torch.full((len(candidates), 1), place, device=bench.device)
     acts: dict[str, tuple[int, Callable[[], Any]]] = {
         "engine, all texts": (len(candidates), lambda: every_candidate(bench, fast, ids, place, candidates)),
-        "engine, race": (len(candidates), lambda: best_edit(fast, ids, places, candidates[:, None], shape.text)),
+        "engine, race": (len(candidates), lambda: race(fast, ids, places, candidates[:, None], shape.text)),
         "port, fp32": (few["port, fp32"], lambda: one_at_a_time(bench.model, ids, place, candidates[: few["port, fp32"]], shape.text)),
         "port, bf16": (few["port, bf16"], lambda: one_at_a_time(half, ids, place, candidates[: few["port, bf16"]], shape.text)),
     }
@@ -124,7 +124,8 @@ def race_quality(bench: Bench, found: dict[str, Any]) -> None:
     for _ in range(4):
         ids, place, candidates = trigger_position(bench)
         means = every_candidate(bench, bench.fast, ids, place, candidates)
-        winner, _ = best_edit(bench.fast, ids, torch.full_like(candidates, place)[:, None], candidates[:, None], bench.shape.text)
+        numbers, _ = race(bench.fast, ids, torch.full_like(candidates, place)[:, None], candidates[:, None], bench.shape.text)
+        winner = numbers[0]
         same.append(int(winner) == int(means.argmax()))
         missed.append(float(means.max() - means[winner]))
         gained.append(float(means.max() - means.mean()))
@@ -137,6 +138,11 @@ def race_quality(bench: Bench, found: dict[str, Any]) -> None:
 
 
 # C: ten flips in a text
+
+
+def exact_flips(bench: Bench, texts: Tensor, spec: HotFlip) -> Tensor:
+    """texts (B, T) -> (B, T) with the flips that the search found."""
+    return torch.stack([attack.states[-1] for attack in attack_batch(bench.fast, texts, spec, bench.allowed)])
 
 
 def part_c(bench: Bench) -> None:
@@ -154,7 +160,7 @@ def part_c(bench: Bench) -> None:
     acts: dict[str, tuple[int, Callable[[], Any]]] = {
         f"engine, {shape.flips} exact flips of {shape.flip_candidates} candidates, {2 * half} tokens, bf16": (
             len(texts),
-            lambda: attack_batch(bench.fast, texts, spec, bench.allowed),
+            lambda: exact_flips(bench, texts, spec),
         ),
         f"one-shot, {2 * half} tokens, fp32": (len(texts), lambda: [one_shot(bench.model, text[None], shape.flips) for text in texts]),
         f"one-shot on its own settings, {shape.long} tokens, fp32": (
@@ -165,7 +171,7 @@ def part_c(bench: Bench) -> None:
     engine, short, own = acts
     seconds: dict[str, list[float]] = {name: [] for name in acts}
     before = bench.fast.work
-    attacks = attack_batch(bench.fast, texts, spec, bench.allowed)
+    flipped = exact_flips(bench, texts, spec)
     flops = (bench.fast.work - before).flops / len(texts)
     bench.model.requires_grad_(True)
     for number in range(ROUNDS + 1):
@@ -175,7 +181,7 @@ def part_c(bench: Bench) -> None:
                 seconds[name].append(taken / count)
     bench.model.requires_grad_(False)
     bench.model.zero_grad(set_to_none=True)
-    rise = quality_of_flips(bench, texts, attacks, spec)
+    rise = quality_of_flips(bench, texts, flipped, spec)
     matmul = matmul_rate(bench.device, shape.matmul)
     found |= {"seconds_per_text": seconds, "rise": rise, "flop_per_text": flops}
     found["share_of_matmul"] = flops / statistics.median(seconds[engine]) / matmul
@@ -192,17 +198,16 @@ def part_c(bench: Bench) -> None:
     )
 
 
-def quality_of_flips(bench: Bench, texts: Tensor, attacks: list[Any], spec: HotFlip) -> dict[str, float]:
+def quality_of_flips(bench: Bench, texts: Tensor, flipped: Tensor, spec: HotFlip) -> dict[str, float]:
     """Mean rise of the untouched second half: of the exact flips, and of one-shot flips confined to the first half."""
     clean = bench.referee.nll(texts, spec.scored_tokens)
-    flipped = bench.referee.nll(torch.stack([attack.states[-1] for attack in attacks]), spec.scored_tokens)
     slopes = bench.fast.gradient(texts, spec.scored_tokens, slice(1, 1 + spec.prefix_tokens))
     at_once = texts.clone()
     for text, slope in zip(at_once, slopes, strict=True):
         places = slope.norm(dim=1).topk(spec.flips).indices
         text[1 + places] = (slope[places] @ bench.fast.embeddings.T).masked_fill(~bench.allowed, -torch.inf).argmax(dim=1)
     return {
-        "engine": float((flipped - clean).mean()),
+        "engine": float((bench.referee.nll(flipped, spec.scored_tokens) - clean).mean()),
         "one_shot": float((bench.referee.nll(at_once, spec.scored_tokens) - clean).mean()),
     }
 

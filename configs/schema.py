@@ -64,6 +64,9 @@ class Scratch(Section):
     sequence_length: Positive = Field(description="predicted tokens a sequence")
     learning_rate: Rate = Field(description="peak of the cosine schedule")
     seed: Count = Field(0, description="of initialisation and data order; one base serves every seed of a run")
+    earlier: tuple[Positive, ...] = Field(
+        (), description="steps at which the model is kept, rising, for the attacks' control of equal quality"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Scratch:
@@ -73,6 +76,8 @@ class Scratch(Section):
             raise ValueError(
                 f"hidden/heads={self.hidden // self.heads}, expected a multiple of 8 (a quarter of each head is rotated, in pairs)"
             )
+        if list(self.earlier) != sorted({step for step in self.earlier if step < self.steps}):
+            raise ValueError(f"earlier={list(self.earlier)}, expected rising steps below steps={self.steps}")
         if self.sequence_length > self.context:
             raise ValueError(f"sequence_length={self.sequence_length} exceeds context={self.context}")
         if self.vocabulary < 257:
@@ -87,11 +92,20 @@ class Model(Section):
     name: str = Field(description="hub name or folder of the checkpoint; for scratch a label")
     revision: str = Field("main", description="hub revision; setup records the commit it resolved to")
     scratch: Scratch | None = Field(None, description="shape and pretraining, for source=scratch")
+    earlier_revisions: tuple[str, ...] = Field(
+        (),
+        description="earlier checkpoints of a published model, oldest first. The attacks' control of equal quality is taken from between "
+        "them and the base; empty: from the recovery training alone, or left out",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Model:
         if (self.source == "scratch") != (self.scratch is not None):
             raise ValueError("the section model.scratch is given if and only if model.source is 'scratch'")
+        if self.scratch and self.earlier_revisions:
+            raise ValueError(
+                f"earlier_revisions={list(self.earlier_revisions)} of a model that is pretrained here; expected scratch.earlier"
+            )
         return self
 
 
@@ -181,6 +195,11 @@ class Monotone(Section):
     )
     recentre: bool = Field(True, description="correct the biases so that mean activations equal the base model's (not from start=base)")
     calibration_sequences: Positive = Field(16, description="training sequences for means, least squares and directions")
+    layerwise_share: Share = Field(
+        0.0,
+        description="share of the steps, from the first, in which each sublayer alone imitates the base model's on the base's inputs; the "
+        "baseline trains in these steps as in all others",
+    )
     anneal_share: Rate = Field(0.4, description="share of the steps until the bound of `annealed` has arrived at the constraint")
     norm_gain: Literal["free", "positive", "fold"] = Field(
         description="gain of the norm in front of each sublayer: free; kept non-negative; or folded into W and frozen at one (default of "
@@ -249,6 +268,7 @@ class Training(Section):
     )
     warmup_share: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
     final_share: Share = Field(0.1, description="learning rate at the end of the cosine, as a share of the peak")
+    rate_outside_ffn: Share = Field(1.0, description="learning rate of everything but the feed-forward sublayers, as a share of theirs")
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.01, description="decoupled; on unconstrained matrices only")
     beta2: Rate = Field(0.95, description="second moment's decay of AdamW")
     max_gradient_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="global clipping threshold")
@@ -382,6 +402,11 @@ class Experiment(Section):
             raise ValueError(
                 f"compute.parallel='fsdp2' cuts matrices, which monotone.order={self.monotone.order!r} and monotone.parametrisation="
                 f"{self.monotone.parametrisation!r} need whole; expected compute.parallel='ddp'"
+            )
+        if self.compute.parallel != "none" and self.monotone.layerwise_share:
+            raise ValueError(
+                f"monotone.layerwise_share={self.monotone.layerwise_share:g} with compute.parallel={self.compute.parallel!r}: the "
+                "layer-wise warm-up runs in one process; expected 0 or compute.parallel='none'"
             )
         scratch = self.model.scratch
         if scratch:

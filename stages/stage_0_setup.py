@@ -24,6 +24,7 @@ def run(ctx: Context) -> None:
         link_or_copy(tokens / "tokens" / split, ctx.write(f"{split}_tokens"))
     link_or_copy(tokens / "unigram_counts.npy", ctx.write("unigram_counts"))
     link_or_copy(base / "model", ctx.write("base_model"))
+    link_or_copy(base / "earlier", ctx.write("earlier_models"))
     facts = setup_facts(ctx.config, ctx.seed, ctx.write("base_model"))
     origin = {"base_model_origin": read_json(base / "origin.json"), "source": read_json(tokens / "source.json")}
     counts = {"splits": read_json(tokens / "counts.json"), "attack_sets": sets}
@@ -38,6 +39,7 @@ STAGE = Stage(
     writes={
         "tokenizer": "tokenizer",
         "base_model": "base_model",
+        "earlier_models": "earlier_models",
         "train_tokens": "tokens/train",
         "validation_tokens": "tokens/validation",
         "test_tokens": "tokens/test",
@@ -57,7 +59,7 @@ STAGE = Stage(
         "hotflip.prefix_tokens",
         "hotflip.scored_tokens",
     ),
-    version=2,
+    version=3,
     run=run,
 )
 

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import zstandard
+from safetensors.torch import load_file
 
 from configs.presets import load
 from configs.schema import Experiment, Paths
@@ -26,8 +28,9 @@ from utils.data.tokenizer import save_tokenizer, train_tokenizer
 from utils.models.loading import save_model, scratch_model
 from utils.run import patience
 from utils.run.artifacts import inventory, read_json
-from utils.run.errors import StoppedInTime
+from utils.run.errors import InputError, StoppedInTime
 from utils.run.preemption import Stop
+from utils.training.base import base_cache
 
 WORDS = ("what", "a", "monotone", "layer", "maps", "larger", "inputs", "to", "is", "never", "smaller", "in", "any", "coordinate")
 TEXTS = [" ".join(WORDS[(number * step) % len(WORDS)] for step in range(1, 60)) + f" {number}" for number in range(400)]
@@ -76,6 +79,26 @@ def test_setup_fetches_and_says_what(published: Experiment, hub: Hub, stage_fold
     assert written["source"]["fallback_because"] is None
     assert not any("pytorch_model.bin" in request.path and request.method == "GET" for request in hub.requests)
     assert (own_folders / "scratch/foundation_llm_cache/hub").is_dir(), "a home may have no room: files lie in the run's own cache"
+
+
+def test_earlier_checkpoints_are_fetched_by_revision(
+    published: Experiment, hub: Hub, stage_folder: Callable[[Path, int], Path], own_folders: Path, tmp_path: Path
+) -> None:
+    shape = load(TINY, ["model.scratch.vocabulary=300", "model.scratch.seed=5"]).model.scratch
+    assert shape
+    save_model(scratch_model(shape, end_of_text=0), tmp_path / "young")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "young").iterdir()}
+    commit = hub.add("model", "EleutherAI/pythia-0m", files, branches=("refs/pr/1",))
+    setup(published.model_copy(update={"model": published.model.model_copy(update={"earlier_revisions": ("refs/pr/1",)})}))
+    folder = stage_folder(own_folders, 0)
+    assert read_json(folder / "setup_complete.json")["base_model_origin"]["earlier_commits"] == {"refs/pr/1": commit}
+    (name,) = read_json(folder / "earlier_models" / "index.json")["oldest_first"]
+    stored = load_file(folder / "earlier_models" / name / "model.safetensors")
+    assert all(torch.equal(stored[key], weight) for key, weight in load_file(tmp_path / "young" / "model.safetensors").items())
+    (tmp_path / "young" / "tokenizer.json").write_bytes(b"{}")
+    of_a_folder = published.model.model_copy(update={"name": str(tmp_path / "young"), "earlier_revisions": ("a",)})
+    with pytest.raises(InputError, match="is a folder, which has no revisions"):
+        base_cache(published.model_copy(update={"model": of_a_folder}), tmp_path / "cache", tmp_path, Stop())
 
 
 def test_another_seed_asks_the_hub_for_nothing(published: Experiment, hub: Hub) -> None:

@@ -57,13 +57,14 @@ def test_file_system_is_unknown_without_a_list_of_mounts(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("overrides", "gigabytes"),
     [
-        # 1.4e9 parameters; the base in fp32: 5.6; a seed: three models 16.8, and 2 arms x (2 kept + best + written) x 16.8 = 134.4
-        ((*STUDY, "data.train_tokens=250_000_000"), 5.6 + 16.8 + 134.4 + 1.0),
-        ((*STUDY, "data.train_tokens=250_000_000", "seeds=[1, 2]"), 5.6 + 2 * (16.8 + 134.4) + 1.0),
-        ((*STUDY, "data.train_tokens=250_000_000", "training.keep_last=1"), 5.6 + 16.8 + 100.8 + 1.0),
-        (("model={source: pretrained, name: HuggingFaceTB/SmolLM2-135M}", "data.train_tokens=1000"), 0.135 * 112 + 4e-6),
-        # tiny.yaml: 2 x 512 x 32 embeddings, 2 layers of 4 x 32 x 32 and 2 x 32 x 64: 49152 parameters; 60 000 tokens
-        ((), (49152 * 112 + 240_000) / 1e9),
+        # 1.4e9 parameters; base, two controls: 16.8; a seed: three models 16.8, 2 arms x (2 kept + best + written) x 16.8 = 134.4
+        ((*STUDY, "data.train_tokens=250_000_000"), 16.8 + 16.8 + 134.4 + 1.0),
+        ((*STUDY, "data.train_tokens=250_000_000", "model.earlier_revisions=[a, b]"), 16.8 + 11.2 + 16.8 + 134.4 + 1.0),
+        ((*STUDY, "data.train_tokens=250_000_000", "seeds=[1, 2]"), 16.8 + 2 * (16.8 + 134.4) + 1.0),
+        ((*STUDY, "data.train_tokens=250_000_000", "training.keep_last=1"), 16.8 + 16.8 + 100.8 + 1.0),
+        (("model={source: pretrained, name: HuggingFaceTB/SmolLM2-135M}", "data.train_tokens=1000"), 0.135 * 120 + 4e-6),
+        # tiny.yaml: 2 x 512 x 32 embeddings, 2 layers of 4 x 32 x 32 and 2 x 32 x 64: 49152 parameters, two earlier ones; 60 000 tokens
+        ((), (49152 * (120 + 8) + 240_000) / 1e9),
     ],
 )
 def test_need_is_what_a_hand_computes(overrides: tuple[str, ...], gigabytes: float) -> None:
@@ -90,10 +91,10 @@ def test_disk_is_held_against_the_need(own_folders: Path, free: Callable[[float]
     folders = Folders.of(config.paths, config.run_name)
     folders.work.mkdir(parents=True)
     free(100)
-    words = f"{folders.work}: 100 GB free, about 157 GB needed; make room or set paths.work"
+    words = f"{folders.work}: 100 GB free, about 168 GB needed; make room or set paths.work"
     assert places.free_space(config, folders) == Check("disk", "no", words)
     free(200)
-    assert places.free_space(config, folders) == Check("disk", "ok", "200 GB free, about 156.8 GB needed")
+    assert places.free_space(config, folders) == Check("disk", "ok", "200 GB free, about 168.0 GB needed")
     unknown = load(TINY, ["model.scratch=null", "model={source: pretrained, name: gpt2}"])
     assert places.free_space(unknown, folders) == Check("disk", "warn", "200 GB free; the need is not known, as the size of gpt2 is not")
 

@@ -53,6 +53,7 @@ SETUP_FIELDS = {
     "platform",
 }
 LENGTH = 8
+KEPT = (("model",), ("earlier", "step_00000001"), ("earlier", "step_00000003"))
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ def test_killed_after_the_last_step(config: Experiment, stored: Path, tmp_path: 
 def scratch(tiny: Experiment, tmp_path: Path) -> tuple[Experiment, Path]:
     """An experiment that pretrains for four steps, and the content folder of its token cache."""
     assert tiny.model.scratch is not None
-    shape = tiny.model.scratch.model_copy(update={"steps": 4, "batch_size": 4, "sequence_length": LENGTH})
+    shape = tiny.model.scratch.model_copy(update={"steps": 4, "batch_size": 4, "sequence_length": LENGTH, "earlier": (1, 3)})
     content = tmp_path / "token-cache" / "content"
     write_tokens(content / "tokens" / "train", 200)
     write_tokens(content / "tokens" / "validation", 60, seed=1)
@@ -261,7 +262,10 @@ def test_pretraining_goes_on_where_it_was_stopped(scratch: tuple[Experiment, Pat
         with pytest.raises(StoppedInTime, match=f"step {step} of 4"):
             base_cache(config, tmp_path / "two", content, stop)
     resumed = base_cache(config, tmp_path / "two", content, stop)
-    assert (straight / "model" / "model.safetensors").read_bytes() == (resumed / "model" / "model.safetensors").read_bytes()
+    weights = [folder.joinpath(*name, "model.safetensors") for name in KEPT for folder in (straight, resumed)]
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(weights[::2], weights[1::2], strict=True))
+    assert len({path.read_bytes() for path in weights}) == len(KEPT)
+    assert json.loads((resumed / "earlier" / "index.json").read_text()) == {"oldest_first": [name for _, name in KEPT[1:]]}
     origin = json.loads((straight / "origin.json").read_text())
     assert origin == json.loads((resumed / "origin.json").read_text())
     assert (origin["steps"], origin["tokens"]) == (4, 4 * 4 * LENGTH)

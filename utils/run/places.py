@@ -73,14 +73,16 @@ def free_space(config: Experiment, folders: Folders) -> Check:
 def needed_gigabytes(config: Experiment) -> float | None:
     """Models, checkpoints of both arms and tokens, in 10^9 bytes; None if the model's size is not known.
 
-    fp32: 4 bytes a parameter in each of four models and 12 in each checkpoint (weights, two moments); checkpoints: those kept, the
-    best one, and the one being written. Tokens: 4 bytes at most.
+    fp32: 4 bytes a parameter in each model (base, its earlier checkpoints, two controls of equal quality, three of each seed) and 12 in
+    each checkpoint (weights, two moments); checkpoints: those kept, the best one, and the one being written. Tokens: 4 bytes at most.
     """
     parameters = parameters_of(config)
     if parameters is None:
         return None
     checkpoints = 2 * (config.training.keep_last + 2) * 12
-    return (parameters * (4 + len(config.seeds) * (3 * 4 + checkpoints)) + 4 * config.data.train_tokens) / 1e9
+    scratch = config.model.scratch
+    shared = 3 + len(scratch.earlier if scratch else config.model.earlier_revisions)
+    return (parameters * (4 * shared + len(config.seeds) * (3 * 4 + checkpoints)) + 4 * config.data.train_tokens) / 1e9
 
 
 def parameters_of(config: Experiment) -> float | None:

@@ -5,23 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Experiment, Scratch, Training
+from configs.schema import Experiment, Model, Scratch, Training
 from utils.data.tokenizer import published_identity
 from utils.data.tokens import PackedBatches, Tokens
 from utils.models.blocks import compiles
 from utils.models.loading import device_of, fetch_pretrained, save_model, scratch_model
-from utils.run.artifacts import read_json, value_digest, write_json
+from utils.run.artifacts import link_or_copy, read_json, value_digest, write_json
 from utils.run.cache import cached
+from utils.run.errors import InputError
 from utils.run.preemption import Stop
 from utils.training.loop import train
 from utils.training.run import Run
 
-VERSION = 2  # raise it when a change of the training code changes the base model
+VERSION = 3  # raise it when a change of the training code changes the base model
 READ = ("tokenizer/", "tokens/train/", "tokens/validation/")  # the part of the token cache that pretraining sees
 
 
 def base_cache(config: Experiment, root: Path, tokens: Path, stop: Stop) -> Path:
-    """Folder with the base model in fp32 (model/) and where it is from (origin.json), built if it is not there."""
+    """Folder with the base model in fp32 (model/), its earlier checkpoints (earlier/) and where it is from (origin.json), built if it
+    is not there."""
     shape = config.model.scratch
     description: dict[str, Any] = {"version": VERSION}
     if shape:
@@ -30,6 +32,7 @@ def base_cache(config: Experiment, root: Path, tokens: Path, stop: Stop) -> Path
         description |= {"text": value_digest(text), "precision": config.compute.precision}
     else:
         description |= published_identity(config.model)
+        description |= {"earlier": [published_identity(earlier) for earlier in _earlier(config.model)]}
 
     def build(target: Path, state: Path) -> None:
         if shape:
@@ -37,9 +40,22 @@ def base_cache(config: Experiment, root: Path, tokens: Path, stop: Stop) -> Path
         else:
             model, commit = fetch_pretrained(config.model, root, stop)
             save_model(model, target / "model")
-            write_json(target / "origin.json", {"name": config.model.name, "commit": commit})
+            commits = {}
+            for number, earlier in enumerate(_earlier(config.model)):
+                model, commits[earlier.revision] = fetch_pretrained(earlier, root, stop)
+                save_model(model, target / "earlier" / f"{number:03d}_{earlier.revision.replace('/', '_')}")
+            write_json(target / "origin.json", {"name": config.model.name, "commit": commit, "earlier_commits": commits})
+        kept = sorted(path.parent.name for path in target.glob("earlier/*/config.json"))
+        write_json(target / "earlier" / "index.json", {"oldest_first": kept})
 
     return cached(root, "base", description, build, stop)
+
+
+def _earlier(model: Model) -> list[Model]:
+    """The published model at each of its earlier revisions."""
+    if model.earlier_revisions and Path(model.name).is_dir():
+        raise InputError(f"model.earlier_revisions: model.name={model.name!r} is a folder, which has no revisions; expected none")
+    return [model.model_copy(update={"revision": revision}) for revision in model.earlier_revisions]
 
 
 def _spec(shape: Scratch) -> Training:
@@ -70,9 +86,12 @@ def pretrain(config: Experiment, shape: Scratch, tokens: Path, target: Path, sta
         stop=stop,
         label="pretrain the base model",
         compiled=compiles(config.compute, device),
+        milestones={step: state / "earlier" / f"step_{step:08d}" for step in shape.earlier},
     )
     final, _ = train(run)
     save_model(model, target / "model")
+    for folder in run.milestones.values():
+        link_or_copy(folder, target / "earlier" / folder.name)
     write_json(
         target / "origin.json",
         {

@@ -13,6 +13,7 @@ import torch
 from utils.models.attention import packed_causal
 from utils.models.blocks import prepare_blocks
 from utils.models.head import check_head
+from utils.models.loading import save_model
 from utils.run.errors import StoppedInTime, WorkFailed
 from utils.run.progress import Progress
 from utils.training import memory, optim
@@ -110,6 +111,8 @@ def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: Train
             validating = last or state.step % run.spec.validate_every == 0
             stopping = run.world.any(run.stop.requested())  # asked once a step: the flag may rise between two looks at it
             checkpoints.check()
+            if state.step in run.milestones:
+                save_model(run.model, run.milestones[state.step])
             if validating or stopping or len(log.waiting) >= FLUSH_EVERY:
                 note = log.flush(run.tokens_per_step, state, run.spec.max_bad_steps)
                 telemetry.steps(state.step)

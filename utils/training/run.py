@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ class Run:
     compiled: bool = False
     world: World = ALONE
     log_to: str = "none"
+    milestones: Mapping[int, Path] = field(default_factory=dict)  # {steps done: folder that the model of then is stored in}
 
     @property
     def device(self) -> torch.device:
@@ -45,5 +47,10 @@ class Run:
 
     @property
     def models(self) -> list[PreTrainedModel]:
-        """The model, and the teacher if the loss needs it."""
-        return [self.model, *([self.teacher] if self.teacher is not None and self.spec.distillation else [])]
+        """The model, and the teacher if a loss needs it."""
+        return [self.model, *([self.teacher] if self.teacher is not None and (self.spec.distillation or self.layerwise_steps) else [])]
+
+    @property
+    def layerwise_steps(self) -> int:
+        """Steps of the layer-wise warm-up."""
+        return round(self.constraint.spec.layerwise_share * self.spec.steps) if self.constraint else 0

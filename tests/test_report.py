@@ -14,12 +14,12 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from utils.report.statistics import Estimate
 
 from configs.schema import Experiment
 from stages.pipeline import stages
 from stages.stage_7_aggregate import RECORDS
 from utils.report.figures import write_figures
-from utils.report.statistics import Estimate
 from utils.report.study import ATTACKED, MODELS, Study
 from utils.report.summary import final_results, interval, key_findings, summary_text
 from utils.report.tables import write_tables

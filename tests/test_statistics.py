@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
-
 from utils.report.statistics import Estimate, mcnemar, mean, perplexity, reduction_percent, student_mean, weighted_mean
 
 

@@ -1,0 +1,103 @@
+"""Records as the attack and evaluation stages write them at their fullest, made from those of a finished run: more seeds, controls,
+attacks, restarts, benchmarks, flags, and hostile names."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.run.artifacts import read_json, write_json
+from utils.run.records import read_rows, write_rows
+
+HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+OUTSIDE = ("http://example.invalid/x.png", "//example.invalid/y.js")
+COPIES = {"noise": "baseline", "earlier": "base"}  # whose rows stand for a control's
+FILES = {"hotflip_records": "jsonl", "uat_records": "jsonl", "evaluation_records": "jsonl"}
+
+
+def extended(inputs: dict[str, Path], folder: Path, seeds: Sequence[int] = (42, 43, 44)) -> dict[int, dict[str, Path]]:
+    """Inputs of stage 7 for every seed, written below `folder`."""
+    return {seed: _of_seed(inputs, folder / f"seed_{seed}", seed) for seed in seeds}
+
+
+def _of_seed(inputs: dict[str, Path], folder: Path, seed: int) -> dict[str, Path]:
+    chance = random.Random(seed)
+    paths = {name: folder / f"{name}.{kind}" for name, kind in FILES.items()}
+    write_rows(paths["hotflip_records"], _flips(read_rows(inputs["hotflip_records"]), chance))
+    write_rows(paths["uat_records"], _triggers(read_rows(inputs["uat_records"]), chance))
+    write_rows(paths["evaluation_records"], _moved(read_rows(inputs["evaluation_records"]), chance))
+    paths["benchmark_records"] = folder / "benchmark_records.jsonl"
+    write_rows(paths["benchmark_records"], _benchmarks(chance))
+    for name, change in {
+        "hotflip_results": {
+            "flags": [f"gradients are <b>tiny</b> on {HOSTILE}"],
+            "controls": {"noise": {"sigma": 0.01}},
+            "budget": {"x": 1},
+        },
+        "uat_results": {"flags": [], "controls": {}},
+        "evaluation_results": {"generation": {"monotonic": [HOSTILE, *OUTSIDE]}, "fp32_check": {"largest": 1e-6}},
+        "baseline_history": {"resumed_at_steps": [4]},
+    }.items():
+        paths[name] = folder / f"{name}.json"
+        write_json(paths[name], read_json(inputs[name]) | change)
+    return inputs | paths
+
+
+def _flips(rows: list[dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
+    """HotFlip on all models and controls; query-greedy finds less, a longer search more, transfers little."""
+    made = []
+    for row in [*rows, *(row | {"model": name} for name, of in COPIES.items() for row in rows if row["model"] == of)]:
+        shift = {"monotonic": 0.7, "noise": 0.95, "earlier": 0.9}.get(row["model"], 1.0) * (1 + 0.05 * chance.gauss(0, 1))
+        curve = [row["nll"][0] + shift * (each - row["nll"][0]) for each in row["nll"]]
+        for attack, share in {"hotflip": 1.0, "query_greedy": 0.8, "longer": 1.1}.items():
+            scaled = [curve[0] + share * (each - curve[0]) for each in curve]
+            longer = [*scaled, scaled[-1] + 0.2] if attack == "longer" else scaled
+            made.append(row | {"attack": attack, "nll": longer, "forwards": 10, "backwards": 4})
+        for source in {"base", "baseline", "monotonic"} - {row["model"]}:
+            made.append(
+                {key: row[key] for key in ("model", "text", "subset")}
+                | {"attack": f"transfer:{source}", "nll": [curve[0], curve[0] + 0.3 * (curve[-1] - curve[0])]}
+            )
+    return made
+
+
+def _triggers(rows: list[dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
+    made = [row | {"nll": row["nll"] + 0.01 * chance.gauss(0, 1)} for row in rows]
+    for model in ("base", "baseline", "monotonic"):
+        own = [row for row in rows if row["model"] == row["trigger"] == model]
+        for restart in range(3):
+            moved = 0.02 * chance.gauss(0, 1)
+            made += [row | {"trigger": f"restart_{restart}:{model}", "nll": row["nll"] + moved} for row in own]
+    return made
+
+
+def _moved(rows: list[dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
+    """Another training: every model but the base a little off."""
+    shifts = {"converted": 0.0, "baseline": 0.01 * chance.gauss(0, 1), "monotonic": 0.01 * chance.gauss(0, 1)}
+    return [row | {"nll": row["nll"] + shifts.get(row["model"], 0.0) * row["tokens"]} for row in rows]
+
+
+def _benchmarks(chance: random.Random) -> list[dict[str, Any]]:
+    levels = {"base": 0.5, "baseline": 0.55, "monotonic": 0.5}
+    tasks = ("lambada", "hella_swag")
+    return [
+        {"model": model, "task": task, "item": f"{task}-{item}", "metric": "accuracy", "value": float(chance.random() < level)}
+        for model, level in levels.items()
+        for task in tasks
+        for item in range(40)
+    ]
+
+
+def hostile_tokenizer(source: Path, target: Path) -> None:
+    """A copy of a tokenizer folder in which some tokens are markup."""
+    stored = json.loads((source / "tokenizer.json").read_text())
+    target.mkdir(parents=True)
+    (target / "tokenizer.json").write_text(json.dumps(stored | {"added_tokens": [*stored["added_tokens"], *_markup()]}))
+
+
+def _markup() -> list[dict[str, Any]]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return [{"id": 100_000 + number, "content": text, **flags} for number, text in enumerate((HOSTILE, "\u202e<b>", "a\x00"))]

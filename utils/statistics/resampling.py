@@ -30,8 +30,8 @@ def weighted_mean(sums: ArrayLike, weights: ArrayLike, confidence: float, draws:
     """sum(sums) / sum(weights), documents resampled as clusters: nats per token from nats (n,) or (S, n) and tokens (n,).
 
     With several seeds their mean, and seeds are resampled too, with deviations scaled by sqrt(S / (S - 1)) (Rao and Wu 1988), for the
-    variance of a mean of S resampled seeds is too small by (S - 1) / S. The interval stays too narrow for a handful of seeds, as any
-    bootstrap of a handful is (tests/test_resampling.py has its coverage).
+    variance of a mean of S resampled seeds is too small by (S - 1) / S. Where seeds matter more than documents a 95 % interval
+    still holds the truth in only 81 % of samples of 2 seeds, 86 % of 3, 92 % of 5, 94 % of 10 (tests/test_resampling.py).
     """
     table, tokens = np.atleast_2d(np.asarray(sums, dtype=float)), np.asarray(weights, dtype=float)
     seeds, units = table.shape

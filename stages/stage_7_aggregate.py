@@ -26,16 +26,16 @@ def run(ctx: Context) -> None:
     from utils.report.attack_figures import figures
     from utils.report.figures import write_figures
     from utils.report.page import write_page
-    from utils.report.provenance import budget_table, training_table
     from utils.report.study import Study
     from utils.report.summary import final_results, summary_text
-    from utils.report.tables import tables, write_numbers, write_tables
+    from utils.report.table import write_numbers, write_tables
+    from utils.report.tables import tables
     from utils.run.artifacts import write_json, write_text
 
     study = Study.load(ctx.config, ctx.inputs)
-    made = [*tables(study), training_table(study), budget_table(study)]
+    made = tables(study)
     write_tables(made, ctx.write("tables"))
-    write_numbers(study, made, ctx.write("numbers"))
+    write_numbers(made, study.traces, ctx.write("numbers"))
     write_figures(figures(study), ctx.write("figures"))
     write_page(study, made, ctx.write("figures"), ctx.write("report"))
     write_json(ctx.write("resolved_config"), ctx.config.model_dump(mode="json"))

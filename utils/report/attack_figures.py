@@ -25,7 +25,8 @@ from utils.report.figures import (
 from utils.report.numbers import Number
 from utils.report.robustness import WORST
 from utils.report.study import ARMS, Study
-from utils.report.tables import Table, flip_transfer_table, transfer_table
+from utils.report.table import Table
+from utils.report.tables import flip_transfer_table, transfer_table
 
 RISE = "rise, nats per untouched token"
 ALT = {

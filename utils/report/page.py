@@ -21,7 +21,7 @@ from utils.report.provenance import machine_table
 from utils.report.robustness import WORST
 from utils.report.study import ARMS, CONTROLS, Study
 from utils.report.summary import head
-from utils.report.tables import Cell, Table
+from utils.report.table import Cell, Table
 from utils.run.artifacts import write_text
 
 HERE = Path(__file__).parent
@@ -53,7 +53,7 @@ def write_page(study: Study, made: list[Table], figures: Path, path: Path) -> No
         absent=study.absent,
         tiles=tiles(study),
         figures=[{"data": data_of(file), "alt": ALT.get(file.stem, file.stem)} for file in _ordered(figures)],
-        tables=[table for table in made if table.rows],
+        tables=made,
         examples=examples(study),
         machine=machine_table(study),
         documents=documents(study),

@@ -9,7 +9,7 @@ import pandas as pd
 from utils.report import triggers
 from utils.report.numbers import COUNT, NATS, PERPLEXITY, Number, Source
 from utils.report.study import ARMS, Study
-from utils.report.tables import Cell, Table
+from utils.report.table import Cell, Table
 from utils.statistics.estimate import Estimate
 
 

@@ -8,7 +8,8 @@ from utils.report import quality, robustness, triggers
 from utils.report.findings import findings, flags, key_findings
 from utils.report.robustness import WORST
 from utils.report.study import ARMS, Study
-from utils.report.tables import paper_table, shown_cell
+from utils.report.table import shown_cell
+from utils.report.tables import paper_table
 from utils.run.environment import code_revision, now
 
 

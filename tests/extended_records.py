@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def _of_seed(inputs: dict[str, Path], folder: Path, seed: int) -> dict[str, Path
     }.items():
         paths[name] = folder / f"{name}.json"
         write_json(paths[name], read_json(inputs[name]) | change)
-    return inputs | paths
+    return inputs | paths | _hostile_texts(inputs, folder)
 
 
 def _flips(rows: list[dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
@@ -91,13 +91,22 @@ def _benchmarks(chance: random.Random) -> list[dict[str, Any]]:
     ]
 
 
-def hostile_tokenizer(source: Path, target: Path) -> None:
-    """A copy of a tokenizer folder in which some tokens are markup."""
-    stored = json.loads((source / "tokenizer.json").read_text())
-    target.mkdir(parents=True)
-    (target / "tokenizer.json").write_text(json.dumps(stored | {"added_tokens": [*stored["added_tokens"], *_markup()]}))
+def _hostile_texts(inputs: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """A tokenizer in which two ids are markup and a trick of direction, and attacked texts that contain them."""
+    stored = json.loads((inputs["tokenizer"] / "tokenizer.json").read_text())
+    words = {HOSTILE: 60_000, "\u202e<b>": 60_001}
+    stored["model"]["vocab"] |= {"".join(_bytes_as_text(word)): number for word, number in words.items()}
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(stored))
+    texts = read_json(inputs["attack_texts"])
+    for text in texts["sets"]["hotflip"]:
+        text["ids"][:2] = words.values()
+    write_json(folder / "attack_texts.json", texts)
+    return {"tokenizer": folder / "tokenizer", "attack_texts": folder / "attack_texts.json"}
 
 
-def _markup() -> list[dict[str, Any]]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    return [{"id": 100_000 + number, "content": text, **flags} for number, text in enumerate((HOSTILE, "\u202e<b>", "a\x00"))]
+def _bytes_as_text(word: str) -> Iterator[str]:
+    """How a byte-level tokenizer writes a token: printable bytes as themselves, the others from U+0100 on (Radford et al. 2019)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    yield from (chr(byte) if byte in plain else chr(256 + others.index(byte)) for byte in word.encode())

@@ -15,8 +15,6 @@ import pandas as pd
 import pytest
 
 from configs.schema import Experiment
-from stages.pipeline import stages
-from stages.stage_7_aggregate import RECORDS
 from utils.report import quality, robustness, triggers
 from utils.report.attack_figures import figures
 from utils.report.figures import write_figures
@@ -29,18 +27,15 @@ from utils.report.table import write_tables
 from utils.report.tables import tables
 from utils.run.artifacts import read_json, write_json
 from utils.run.errors import InputError
-from utils.run.stage import producer
 
 pytestmark = pytest.mark.integration
 SECTIONS = ["TRAINING SUMMARY", "PERPLEXITY EVALUATION", "ADVERSARIAL ROBUSTNESS", "KEY FINDINGS", "PAPER INTEGRATION (Table 7)"]
 MADE = ["perplexity", "perplexity_by_subset", "comparisons", "attacks", "hotflip", "uat", "transfer", "training", "budget"]
 
 
-@pytest.fixture(scope="module")
-def inputs(finished: Path) -> dict[str, Path]:
-    sources = {name: producer(stages(), name) for name in RECORDS}
-    work = finished / "scratch" / "foundation_llm_work" / "tiny" / "seed_42"
-    return {name: work / source.label / source.writes[name] for name, source in sources.items()}
+@pytest.fixture
+def inputs(finished_records: dict[str, Path]) -> dict[str, Path]:
+    return finished_records
 
 
 @pytest.fixture
@@ -271,7 +266,6 @@ def test_several_seeds(study: Study, tmp_path: Path) -> None:
     results = final_results(two)
     assert results["experiment_info"]["seeds"] == [42, 43]
     assert set(results["training_summary"]["monotonic"]) == {42, 43}
-    write_figures(figures(two), tmp_path / "figures")
     write_tables(tables(two), tmp_path / "tables")
     assert pd.read_csv(tmp_path / "tables" / "perplexity.csv")["ratio_to_baseline"].iloc[-1] == pytest.approx(ratio * math.exp(0.25))
 

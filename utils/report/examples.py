@@ -40,8 +40,8 @@ class Example:
 
 def examples(study: Study) -> list[Example]:
     """`report.examples` of the largest rises and as many around the median, for each arm."""
-    wanted = study.config.report.examples
-    tokenizers = {seed: _tokenizer(paths["tokenizer"]) for seed, paths in study.files.items() if "tokenizer" in paths}
+    wanted, needed = study.config.report.examples, {"tokenizer", "attack_texts"}
+    tokenizers = {seed: _tokenizer(paths["tokenizer"]) for seed, paths in study.files.items() if needed <= set(paths)}
     found = []
     for model in ARMS:
         rows = _worst_of_each_text(study, model, set(tokenizers))
@@ -58,7 +58,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 def _worst_of_each_text(study: Study, model: str, seeds: set[int]) -> pd.DataFrame:
     """The row of the largest rise for each text over attacks and seeds, largest first; only rows that say which tokens were changed."""
     rows = study.flips[(study.flips["model"] == model) & study.flips["seed"].isin(seeds)]
-    rows = rows[rows["flips"].map(lambda flips: isinstance(flips, list))] if "flips" in rows else rows.iloc[:0]
+    rows = rows.loc[rows["flips"].map(lambda flips: isinstance(flips, list)).astype(bool)]
     return rows.sort_values(["rise", "seed", "text"], ascending=[False, True, True]).drop_duplicates("text")
 
 

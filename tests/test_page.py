@@ -12,22 +12,23 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.by import By
 
 from tests.extended_records import HOSTILE
 
+if TYPE_CHECKING:
+    from selenium import webdriver
+
 pytestmark = pytest.mark.integration
 PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-MISSING = [name for name, path in PROGRAMS.items() if path is None]
+MISSING = [name for name, path in PROGRAMS.items() if path is None] + ([] if find_spec("selenium") else ["the package selenium"])
 DESKTOP, PHONE = (1280, 900), (390, 844)
 needs_browser = pytest.mark.skipif(
-    bool(MISSING) and not os.environ.get("REQUIRE_BROWSER"), reason=f"no browser here: {', '.join(MISSING)} not on the PATH"
+    bool(MISSING) and not os.environ.get("REQUIRE_BROWSER"), reason=f"no browser here: no {', '.join(MISSING)}"
 )
 
 
@@ -84,6 +85,9 @@ def test_every_figure_and_every_table_is_in_it(parts: Parts, full_report: Path) 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[webdriver.Chrome]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
     assert not MISSING, f"REQUIRE_BROWSER is set and {', '.join(MISSING)} cannot be found"
     options = webdriver.ChromeOptions()
     options.binary_location = str(PROGRAMS["chromium"])
@@ -147,12 +151,12 @@ def test_it_can_be_read(size: tuple[int, int], browser: webdriver.Chrome, full_r
 def test_sorting(browser: webdriver.Chrome, full_report: Path) -> None:
     """By number at full precision, both ways, what is absent last; by word too. Rows stay whole."""
     opened(browser, full_report / "report.html", DESKTOP)
-    table = browser.find_element(By.XPATH, "//h3[@id='table-comparisons']/following::table[1]")
-    heads = table.find_elements(By.CSS_SELECTOR, "thead button")
+    table = browser.find_element("xpath", "//h3[@id='table-comparisons']/following::table[1]")
+    heads = table.find_elements("css selector", "thead button")
 
     def cells() -> list[list[tuple[str, str | None]]]:
-        rows = table.find_elements(By.CSS_SELECTOR, "tbody tr")
-        return [[(cell.text, cell.get_attribute("data-value")) for cell in row.find_elements(By.TAG_NAME, "td")] for row in rows]
+        rows = table.find_elements("css selector", "tbody tr")
+        return [[(cell.text, cell.get_attribute("data-value")) for cell in row.find_elements("tag name", "td")] for row in rows]
 
     def column(place: int) -> list[float | None]:
         return [float(row[place][1]) if row[place][1] else None for row in cells()]
@@ -165,7 +169,7 @@ def test_sorting(browser: webdriver.Chrome, full_report: Path) -> None:
                 there = [value for value in column(place) if value is not None]
                 assert there == sorted(there, reverse=sign < 0) and len(set(there)) > 1
                 assert column(place)[len(there) :] == [None] * (len(before) - len(there))
-                assert [each.get_attribute("aria-sort") for each in table.find_elements(By.CSS_SELECTOR, "thead th")].count(order) == 1
+                assert [each.get_attribute("aria-sort") for each in table.find_elements("css selector", "thead th")].count(order) == 1
     heads[1].click()
     assert [row[1][0] for row in cells()] == sorted(row[1][0] for row in before)
     assert sorted(map(str, cells())) == sorted(map(str, before))

@@ -21,7 +21,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from configs.schema import Experiment
-from tests.extended_records import HOSTILE, extended
+from tests.extended_records import HOSTILE, extended, plain
 from utils.report import quality, robustness, triggers
 from utils.report.attack_figures import figures
 from utils.report.examples import examples, visible
@@ -38,6 +38,7 @@ from utils.statistics.paired import holm, wilcoxon
 
 pytestmark = pytest.mark.integration
 SEEDS = (42, 43, 44)
+EVERY = ("hotflip", "query_greedy", "transfer", "random")  # of the common budget
 Inputs = dict[int, dict[str, Path]]
 
 
@@ -57,8 +58,9 @@ def rows(inputs: Inputs) -> list[dict[str, Any]]:
 
 
 def worst_rise(rows: list[dict[str, Any]], seed: int, model: str, text: str, budget: int) -> float:
-    mine = [row["nll"] for row in rows if (row["seed"], row["model"], row["text"]) == (seed, model, text)]
-    return max(nll[min(budget, len(nll) - 1)] - nll[0] for nll in mine)
+    mine = [row for row in rows if (row["seed"], row["model"], row["text"]) == (seed, model, text) and row["attack"] != "longer"]
+    searched = [row["nll"][min(budget, len(row["nll"]) - 1)] - row["nll"][0] for row in mine]
+    return max(searched + [max(row["random_nll"]) - row["nll"][0] for row in mine if row["attack"] == "hotflip"])
 
 
 def said(study: Study, start: str) -> str:
@@ -67,7 +69,7 @@ def said(study: Study, start: str) -> str:
 
 
 def test_worst_case_by_hand(study: Study, rows: list[dict[str, Any]]) -> None:
-    """The largest rise over all attacks after the budget of flips, text by text; averaged over texts and seeds."""
+    """The largest rise over the attacks of the common budget and random draws, text by text; averaged over texts and seeds."""
     texts, budget = sorted({row["text"] for row in rows}), study.config.hotflip.flips
     by_hand = {
         model: np.array([[worst_rise(rows, seed, model, text, budget) for text in texts] for seed in SEEDS])
@@ -78,7 +80,7 @@ def test_worst_case_by_hand(study: Study, rows: list[dict[str, Any]]) -> None:
         difference = by_hand["monotonic"] - by_hand[other]
         assert made[name].mean.value == pytest.approx(difference.mean())
         assert made[name].p.value == wilcoxon(difference.mean(axis=0))
-        assert made[name].over == ("hotflip", "query_greedy", "longer", "transfer")
+        assert made[name].over == EVERY
     assert robustness.rise(study, "noise", WORST).value == pytest.approx(by_hand["noise"].mean())
 
 
@@ -89,20 +91,28 @@ def test_a_longer_attack_counts_at_the_common_budget(study: Study, rows: list[di
     assert beyond == pytest.approx(found + 0.2)
 
 
+def test_the_longer_search_is_no_part_of_the_worst_case(study: Study) -> None:
+    """It has more candidates, on some texts."""
+    without = replace(study, flips=study.flips[study.flips["attack"] != "longer"])
+    assert robustness.comparisons(without)[WORST] == robustness.comparisons(study)[WORST]
+    assert robustness.comparisons(study)["longer"].mean.count == 3
+
+
 def test_worst_cases_are_over_the_same_attacks(study: Study) -> None:
     """A control that was attacked by HotFlip alone is compared under HotFlip alone."""
-    fewer = replace(study, flips=study.flips[(study.flips["model"] != "noise") | (study.flips["attack"] == "hotflip")])
+    fewer = replace(study, flips=study.flips[(study.flips["model"] != "noise") | study.flips["attack"].isin(["hotflip", "random"])])
     made = robustness.comparisons(fewer)
-    assert made["noise"].over == ("hotflip",)
-    assert made["noise"].mean.value == pytest.approx(robustness.rise(study, "monotonic").value - robustness.rise(study, "noise").value)
-    assert made[WORST].over == ("hotflip", "query_greedy", "longer", "transfer")
+    assert made["noise"].over == ("hotflip", "random")
+    ours, theirs = (robustness.rise(study, model, WORST, ["hotflip", "random"]).value for model in ("monotonic", "noise"))
+    assert made["noise"].mean.value == pytest.approx(ours - theirs)
+    assert made[WORST].over == EVERY
 
 
-def test_rows_without_attack_are_hotflips(tiny: Experiment, finished_records: dict[str, Path]) -> None:
-    plain = Study.load(tiny, {42: finished_records})
-    assert set(plain.flips["attack"]) == {"hotflip"}
-    assert "under hotflip, the only attack, rise differs" in said(plain, "Robustness: ")
-    assert plain.absent == [
+def test_rows_without_attack_are_hotflips(tiny: Experiment, finished_records: dict[str, Path], tmp_path: Path) -> None:
+    bare = Study.load(tiny, {42: plain(finished_records, tmp_path)})
+    assert set(bare.flips["attack"]) == {"hotflip", "random"}
+    assert "under the worst of hotflip, random for each text, rise differs" in said(bare, "Robustness: ")
+    assert bare.absent == [
         "control noise (the baseline with weight noise, matched in quality): no attack records",
         "control earlier (an earlier checkpoint, matched in quality): no attack records",
         "attack query_greedy: no records",
@@ -110,7 +120,7 @@ def test_rows_without_attack_are_hotflips(tiny: Experiment, finished_records: di
         "attack longer: no records",
         "benchmarks: no records",
     ]
-    assert all(f"  {line}" in summary_text(plain) for line in plain.absent)
+    assert all(f"  {line}" in summary_text(bare) for line in bare.absent)
 
 
 def shifted(study: Study, shifts: dict[str, float]) -> Study:
@@ -188,6 +198,15 @@ def test_restarts_are_searches(study: Study, inputs: Inputs) -> None:
     assert two is not None and (two.count, two.low) == (2, None)
 
 
+def test_the_search_without_gradient_is_no_restart(study: Study) -> None:
+    """Its records name the model too."""
+    kept = study.triggers[~study.triggers["trigger"].str.startswith("query_greedy")]
+    assert len(kept) < len(study.triggers)
+    for seeds in (SEEDS, (42,)):
+        one, other = (frame[frame["seed"].isin(seeds)] for frame in (study.triggers, kept))
+        assert triggers.trigger_difference(replace(study, triggers=one)) == triggers.trigger_difference(replace(study, triggers=other))
+
+
 def test_models_that_were_not_attacked_are_named(study: Study) -> None:
     """Neither arm has to be there."""
     bare = replace(
@@ -227,6 +246,12 @@ def test_flags_are_on_top(study: Study) -> None:
     assert final_results(study)["key_findings"]["flags"] == [lines[2]]
 
 
+def test_flags_of_the_evaluation_are_among_them(study: Study) -> None:
+    stored = study.json[42]["evaluation_results"] | {"rounding": {"base": {"flag": None}, "monotonic": {"flag": "bf16 moves the loss"}}}
+    made = replace(study, json={**study.json, 42: {**study.json[42], "evaluation_results": stored}})
+    assert summary_text(made).splitlines()[2] == "Flag (stage 4, seed 42): monotonic: bf16 moves the loss"
+
+
 def test_flip_transfer_by_hand(study: Study, rows: list[dict[str, Any]]) -> None:
     table = {row["attacked"]: row for row in flip_transfer_table(study).rows}
     mine = [row["nll"] for row in rows if (row["model"], row["attack"]) == ("monotonic", "transfer:baseline")]
@@ -242,6 +267,7 @@ def test_benchmarks_are_paired_by_item(study: Study, inputs: Inputs) -> None:
     found = quality.benchmark(study, "lambada", "accuracy", "monotonic", "baseline")
     assert found is not None and found.value == pytest.approx(np.mean(gaps)) and found.count == len(items)
     assert quality.benchmark(study, "lambada", "accuracy", "converted") is None
+    assert quality.benchmark_tasks(study) == [("hella_swag", "accuracy"), ("lambada", "accuracy")]  # pairs have no mean over items
 
 
 # --- the source of every number
@@ -390,6 +416,7 @@ def test_examples_show_what_was_changed(study: Study, inputs: Inputs, rows: list
         (row,) = mine
         changed = {place for place, token in enumerate(each.tokens) if token.old is not None}
         assert changed == {flip["position"] for flip in row["flips"]}
+        assert each.attack != "longer"
         scored = [place for place, token in enumerate(each.tokens) if token.scored]
         assert scored == list(range(study.config.hotflip.prefix_tokens, len(each.tokens)))
         assert each.attacked - each.clean == pytest.approx(row["nll"][min(study.config.hotflip.flips, len(row["nll"]) - 1)] - row["nll"][0])

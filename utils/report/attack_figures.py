@@ -24,7 +24,7 @@ from utils.report.figures import (
 )
 from utils.report.numbers import Number
 from utils.report.robustness import WORST
-from utils.report.study import ARMS, Study
+from utils.report.study import ARMS, RANDOM, Study
 from utils.report.table import Table
 from utils.report.tables import flip_transfer_table, transfer_table
 
@@ -81,7 +81,7 @@ def attacks_and_controls(study: Study) -> Figure:
     figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
     groups: dict[str, dict[str, Number]] = {}
     for model in study.attacked:
-        for kind in robustness.kinds(study, model):
+        for kind in [kind for kind in robustness.kinds(study, model) if kind != RANDOM]:
             groups.setdefault(kind.replace("_", "\n"), {})[model] = robustness.rise(study, model, kind)
         if "hotflip" in robustness.kinds(study, model):
             groups.setdefault("random\nflips", {})[model] = robustness.random_rise(study, model)
@@ -149,4 +149,4 @@ def transfer(table: Table) -> Figure:
 
 def common_attacks(study: Study) -> list[str]:
     """Attacks made on both arms, over which worst cases are taken."""
-    return robustness.kinds(study, *(arm for arm in ARMS if arm in study.attacked))
+    return robustness.ensemble(study, *(arm for arm in ARMS if arm in study.attacked))

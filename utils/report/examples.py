@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from tokenizers import Tokenizer
 
+from utils.report.robustness import LONGER
 from utils.report.study import ARMS, Study
 
 
@@ -56,8 +57,9 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def _worst_of_each_text(study: Study, model: str, seeds: set[int]) -> pd.DataFrame:
-    """The row of the largest rise for each text over attacks and seeds, largest first; only rows that say which tokens were changed."""
-    rows = study.flips[(study.flips["model"] == model) & study.flips["seed"].isin(seeds)]
+    """The row of the largest rise for each text over attacks of the common budget and seeds, largest first; only rows that say which
+    tokens were changed."""
+    rows = study.flips[(study.flips["model"] == model) & study.flips["seed"].isin(seeds) & (study.flips["attack"] != LONGER)]
     rows = rows.loc[rows["flips"].map(lambda flips: isinstance(flips, list)).astype(bool)]
     return rows.sort_values(["rise", "seed", "text"], ascending=[False, True, True]).drop_duplicates("text")
 

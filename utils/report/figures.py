@@ -3,6 +3,7 @@ colour-blind readers can tell apart; markers tell the models apart without any c
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ from utils.report.numbers import Number
 from utils.report.study import ARMS, Study
 from utils.run.artifacts import published
 
-COLOURS = {
-    "base": "#767676",
-    "converted": "#E69F00",
-    "baseline": "#0072B2",
-    "monotonic": "#D55E00",
-    "noise": "#009E73",
-    "earlier": "#CC79A7",
+KNOWN = {
+    "base": ("#767676", "s"),
+    "converted": ("#E69F00", "D"),
+    "baseline": ("#0072B2", "o"),
+    "monotonic": ("#D55E00", "^"),
+    "noise": ("#009E73", "v"),
+    "earlier": ("#CC79A7", "P"),
 }
-MARKERS = {"base": "s", "converted": "D", "baseline": "o", "monotonic": "^", "noise": "v", "earlier": "P"}
+COLOURS = defaultdict(lambda: "#000000", {model: colour for model, (colour, _) in KNOWN.items()})
+MARKERS = defaultdict(lambda: "x", {model: marker for model, (_, marker) in KNOWN.items()})
 SIZE = (5.4, 3.8)  # inches
 FIXED: Any = {"svg.hashsalt": "report", "svg.fonttype": "path"}  # the same bytes each time, and no font to be found
 

@@ -76,8 +76,12 @@ def non_inferior(study: Study) -> bool | None:
 
 
 def flags(study: Study) -> list[Finding]:
-    """What the attack stages found suspicious about themselves."""
+    """What the stages found suspicious about themselves."""
     said: dict[tuple[int, str], list[int]] = {}
+    for seed, stored in study.stored("evaluation_results").items():
+        for model, facts in stored.get("rounding", {}).items():
+            if facts["flag"]:
+                said.setdefault((4, f"{model}: {facts['flag']}"), []).append(seed)
     for number, artefact in ((5, "uat_results"), (6, "hotflip_results")):
         for seed, stored in study.stored(artefact).items():
             for sentence in stored.get("flags", []):

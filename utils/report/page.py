@@ -88,9 +88,9 @@ def documents(study: Study) -> list[tuple[str, str]]:
     shown: list[tuple[str, Any]] = [("Configuration", config)]
     for artefact, keys in {
         "setup": ("source", "splits", "base_model_origin"),
-        "evaluation_results": ("metadata", "order_preservation", "generation", "fp32_check"),
+        "evaluation_results": ("metadata", "order_preservation", "benchmarks", "generation", "rounding", "published_values"),
         "uat_results": ("attack_config", "controls", "budget"),
-        "hotflip_results": ("attack_config", "controls", "transfer", "budget"),
+        "hotflip_results": ("attack_config", "matched", "controls", "transfer", "budget"),
     }.items():
         for key in keys:
             by_seed = {seed: stored[key] for seed, stored in study.stored(artefact).items() if key in stored}

@@ -30,7 +30,8 @@ def budget_table(study: Study) -> Table:
     for (attack, model), mine in study.flips.groupby(["attack", "model"], sort=False):
         source = {"model": (model,), "attack": (f"{attack}:*" if attack == "transfer" else attack,)}
         sums = {name: _sum(mine[name], Source("hotflip_records", source, (name,))) for name in spent}
-        rows.append({"attack": str(attack), "model": str(model), **sums})
+        if any(sums.values()):
+            rows.append({"attack": str(attack), "model": str(model), **sums})
     for model in triggers.searched(study):
         searches = [stored["results"][f"{model}_pythia"]["search"] for stored in study.stored("uat_results").values()]
         sums = {

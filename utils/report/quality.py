@@ -70,6 +70,6 @@ def benchmark(study: Study, task: str, metric: str, model: str, minus: str | Non
     matrix = scores[0] if minus is None else (scores[0] - scores[1]).dropna(how="all").dropna(axis=1)
     if matrix.empty:
         return None
-    unit = SHARE if study.benchmarks["value"].where(study.benchmarks["metric"] == metric).dropna().between(0, 1).all() else metric
+    unit = SHARE if study.benchmarks["value"][study.benchmarks["metric"] == metric].between(0, 1).all() else "as recorded"
     source = Source("benchmark_records", {"task": (task,), "metric": (metric,), "model": models}, ("value",))
     return study.mean(matrix, unit, f"{metric} of {task}, {' minus '.join(models)}", source)

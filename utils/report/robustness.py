@@ -8,28 +8,34 @@ from dataclasses import dataclass
 import pandas as pd
 
 from utils.report.numbers import NATS, SHARE, Number, P, Source
-from utils.report.study import CONTROLS, Study
+from utils.report.study import CONTROLS, RANDOM, Study
 from utils.statistics import paired
 from utils.statistics.estimate import Estimate
 
 WORST = "worst_case"
+LONGER = "longer"  # has more than the common budget, on some of the texts: a check of HotFlip, and no part of the worst case
 
 
 def kinds(study: Study, *models: str) -> list[str]:
-    """Attacks made on all of these models, in the order of the records; worst cases are taken over these alone, so that no model
-    is attacked by more means than the one it is compared with."""
+    """Attacks made on all of these models, in the order of the records."""
     made = [set(study.flips[study.flips["model"] == model]["attack"]) for model in models]
     return [kind for kind in dict.fromkeys(study.flips["attack"]) if all(kind in one for one in made)]
 
 
+def ensemble(study: Study, *models: str) -> list[str]:
+    """Attacks of the common budget made on all of these models. Worst cases are taken over these alone, so that no model is attacked
+    by more means than the one it is compared with."""
+    return [kind for kind in kinds(study, *models) if kind != LONGER]
+
+
 def rises(study: Study, model: str, attack: str, over: list[str] | None = None, value: str = "rise") -> pd.DataFrame:
     """(S, texts) rise of each text; for the worst case the largest over the attacks `over`. Of several transfers to a model the largest."""
-    chosen = (over or kinds(study, model)) if attack == WORST else [attack]
+    chosen = (over or ensemble(study, model)) if attack == WORST else [attack]
     return study.matrix(study.flips, "text", value, {"model": [model], "attack": chosen}, "max")
 
 
 def rise(study: Study, model: str, attack: str = "hotflip", over: list[str] | None = None) -> Number:
-    over = over or kinds(study, model)
+    over = over or ensemble(study, model)
     return study.mean(rises(study, model, attack, over), NATS, f"rise under {_named(attack, over)}", _source(attack, over, model))
 
 
@@ -59,7 +65,7 @@ def curve(study: Study, model: str, attack: str = "hotflip") -> list[Number]:
 
 def success(study: Study, model: str, attack: str = "hotflip", over: list[str] | None = None) -> Number:
     """Share of the texts whose rise exceeds the threshold common to all models."""
-    limit, over = study.config.hotflip.threshold_nats, over or kinds(study, model)
+    limit, over = study.config.hotflip.threshold_nats, over or ensemble(study, model)
     matrix = rises(study, model, attack, over) > limit
     return _rate(study, matrix, f"rise above {limit:g} nats under {_named(attack, over)}", _source(attack, over, model))
 
@@ -75,7 +81,7 @@ def _rate(study: Study, hits: pd.DataFrame, how: str, source: Source) -> Number:
 def success_difference(study: Study, model: str, other: str, attack: str = "hotflip") -> Number:
     """Success rate of `model` minus `other`: Tango's interval for one seed (or seeds that agree on every text, which leave nothing to
     resample), bootstrap over texts and seeds for several."""
-    limit, over = study.config.hotflip.threshold_nats, kinds(study, model, other)
+    limit, over = study.config.hotflip.threshold_nats, ensemble(study, model, other)
     ours, theirs = _aligned(rises(study, model, attack, over), rises(study, other, attack, over))
     source = _source(attack, over, model, other)
     how = f"rise above {limit:g} nats under {attack}, {model} minus {other}, paired by text"
@@ -89,7 +95,7 @@ def success_difference(study: Study, model: str, other: str, attack: str = "hotf
 
 def mcnemar_by_seed(study: Study, attack: str = "hotflip") -> dict[int, dict[str, float | int]]:
     """Exact test of success, baseline (first) against monotonic (second), for each seed."""
-    limit, over = study.config.hotflip.threshold_nats, kinds(study, "baseline", "monotonic")
+    limit, over = study.config.hotflip.threshold_nats, ensemble(study, "baseline", "monotonic")
     first, second = _aligned(*(rises(study, model, attack, over) > limit for model in ("baseline", "monotonic")))
     return {int(seed): paired.mcnemar(first.loc[seed].tolist(), second.loc[seed].tolist()) for seed in first.index}
 
@@ -120,8 +126,8 @@ class Comparison:
 
 def compare(study: Study, name: str, other: str, attack: str) -> Comparison | None:
     """Monotonic against `other`; None where either was not attacked so."""
-    over = kinds(study, "monotonic", other)
-    if not over or (attack != WORST and attack not in over):
+    over = ensemble(study, "monotonic", other)
+    if not over if attack == WORST else attack not in kinds(study, "monotonic", other):
         return None
     ours, theirs = _aligned(rises(study, "monotonic", attack, over), rises(study, other, attack, over))
     difference, source = ours - theirs, _source(attack, over, "monotonic", other)
@@ -167,8 +173,10 @@ def _named(attack: str, over: list[str]) -> str:
 
 
 def _source(attack: str, over: list[str], *models: str) -> Source:
-    stored = tuple(f"{kind}:*" if kind == "transfer" else kind for kind in (over if attack == WORST else [attack]))
-    return Source("hotflip_records", {"model": models, "attack": stored}, ("nll",))
+    used = over if attack == WORST else [attack]
+    stored = dict.fromkeys({"transfer": "transfer:*", RANDOM: "hotflip"}.get(kind, kind) for kind in used)
+    fields = ("nll", "random_nll") if RANDOM in used else ("nll",)
+    return Source("hotflip_records", {"model": models, "attack": tuple(stored)}, fields)
 
 
 def clean_loss(study: Study, model: str) -> Number:

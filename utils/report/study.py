@@ -23,6 +23,7 @@ ARMS = ("baseline", "monotonic")
 CONTROLS = {"noise": "the baseline with weight noise, matched in quality", "earlier": "an earlier checkpoint, matched in quality"}
 ATTACKED = ("base", "baseline", "monotonic", *CONTROLS)
 ATTACKS = ("hotflip", "query_greedy", "transfer", "longer")
+RANDOM = "random"  # random flips as an attack: of the draws of HotFlip's control the best one for each text
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Study:
     def load(cls, config: Experiment, inputs: Mapping[int, Mapping[str, Path]]) -> Study:
         json = {seed: {name: read_json(path) for name, path in paths.items() if path.suffix == ".json"} for seed, paths in inputs.items()}
         _same_text({seed: stored["setup"]["source"] for seed, stored in json.items() if "setup" in stored})
-        read = {name: _rows(name, inputs) for name in ("evaluation_records", "hotflip_records", "uat_records", "benchmark_records")}
+        benchmarks = _numeric(_rows("benchmark_records", inputs))
+        read = {name: _rows(name, inputs) for name in ("evaluation_records", "hotflip_records", "uat_records")}
         steps = pd.concat([_rows(f"{arm}_metrics", inputs).assign(arm=arm) for arm in ARMS], ignore_index=True)
         flips = with_rises(read["hotflip_records"], config.hotflip.flips)
-        return cls(config, json, read["evaluation_records"], flips, read["uat_records"], steps, read["benchmark_records"], inputs)
+        return cls(config, json, read["evaluation_records"], flips, read["uat_records"], steps, benchmarks, inputs)
 
     @property
     def seeds(self) -> list[int]:
@@ -126,21 +128,32 @@ def _rows(artefact: str, inputs: Mapping[int, Mapping[str, Path]]) -> pd.DataFra
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
+def _numeric(benchmarks: pd.DataFrame) -> pd.DataFrame:
+    """Only items whose value is a number: a perplexity by word or byte is recorded as a pair, which has no mean over items."""
+    return benchmarks if benchmarks.empty else benchmarks[benchmarks["value"].map(lambda value: isinstance(value, (int, float)))]
+
+
 def with_rises(flips: pd.DataFrame, budget: int) -> pd.DataFrame:
-    """Add attack, found_on, clean, rise and random_rise to the rows of stage 6. Rows without `attack` are HotFlip's."""
+    """Add attack, found_on, clean, rise and random_rise to the rows of stage 6, and rows of the attack RANDOM.
+
+    Rows without `attack` are HotFlip's.
+    """
     if flips.empty:
         return flips
     named = flips["attack"] if "attack" in flips else pd.Series("hotflip", flips.index)
     parts = named.fillna("hotflip").str.partition(":")
     drawn = flips["random_nll"] if "random_nll" in flips else pd.Series([None] * len(flips), flips.index)
     clean = flips["nll"].map(lambda nll: nll[0])
-    return flips.assign(
+    searched = flips.assign(
         attack=parts[0],
         found_on=parts[2],
         clean=clean,
         rise=flips["nll"].map(lambda nll: nll[min(budget, len(nll) - 1)]) - clean,
         random_rise=drawn.map(lambda each: float(np.mean(each)) if isinstance(each, list) and each else np.nan) - clean,
     )
+    best = drawn.map(lambda each: float(np.max(each)) if isinstance(each, list) and each else np.nan) - clean
+    chance = searched[["seed", "model", "text", "subset", "clean"]].assign(attack=RANDOM, found_on="", rise=best)
+    return pd.concat([searched, chance[best.notna()]], ignore_index=True)
 
 
 def _present(rows: pd.DataFrame, column: str, order: Iterable[str]) -> list[str]:

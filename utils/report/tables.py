@@ -83,7 +83,7 @@ def comparison_table(study: Study) -> Table:
 
 def attack_table(study: Study) -> Table:
     """Rise and success of every attack on every model."""
-    common = robustness.kinds(study, *(arm for arm in ARMS if arm in study.attacked))
+    common = robustness.ensemble(study, *(arm for arm in ARMS if arm in study.attacked))
     rows: list[dict[str, Cell]] = []
     for model in study.attacked:
         mine = robustness.kinds(study, model)

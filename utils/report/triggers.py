@@ -38,7 +38,7 @@ def trigger_difference(study: Study) -> Number | None:
     if not used:
         return None
     estimate = resampling.student_mean([ours[search] - theirs[search] for search in used], study.config.report.confidence)
-    names = sorted({name for name in study.triggers["trigger"] if name.partition(":")[2] or name in ("clean", *ARMS)})
+    names = sorted({name for name in study.triggers["trigger"] if name.startswith("restart_") or name in ("clean", *ARMS)})
     source = Source("uat_records", {"model": ARMS, "trigger": tuple(names)}, ("nll",))
     return Number.of(estimate, NATS, f"rise under the own trigger, monotonic minus baseline; Student's interval, unit: {unit}", source)
 
@@ -46,9 +46,12 @@ def trigger_difference(study: Study) -> Number | None:
 def _searches(study: Study, model: str) -> dict[tuple[int, str], float]:
     """{(seed, search): mean rise over the held-out texts} of the triggers that were searched on the model itself."""
     nll = study.triggers[study.triggers["model"] == model].groupby(["seed", "trigger"])["nll"].mean()
-    named = {(seed, name): (CHOSEN, "") if name == model else name.partition(":")[::2] for seed, name in nll.index}
-    own = {key: search for key, (search, target) in named.items() if search == CHOSEN or target == model}
-    return {(key[0], search): float(nll[key] - nll[key[0], "clean"]) for key, search in own.items()}
+    found = {}
+    for (seed, name), loss in nll.items():
+        search, _, target = name.partition(":")
+        if name == model or (search.startswith("restart_") and target == model):
+            found[seed, CHOSEN if name == model else search] = float(loss - nll[seed, "clean"])
+    return found
 
 
 def _behind(study: Study, model: str, trigger: str) -> pd.DataFrame:

@@ -40,8 +40,9 @@ def run(ctx: Context) -> None:
     write_page(study, made, ctx.write("figures"), ctx.write("report"))
     write_json(ctx.write("resolved_config"), ctx.config.model_dump(mode="json"))
     write_json(ctx.write("final_results"), final_results(study))
-    write_text(ctx.write("summary"), summary_text(study))
-    write_text(ctx.folders.summary, summary_text(study), near=ctx.folder)  # several runs may write it at once
+    summary = summary_text(study)
+    write_text(ctx.write("summary"), summary)
+    write_text(ctx.folders.summary, summary, near=ctx.folder)  # several runs may write it at once
 
 
 STAGE = Stage(

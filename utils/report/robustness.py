@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import pandas as pd
 
@@ -147,6 +148,7 @@ def compare(study: Study, name: str, other: str, attack: str) -> Comparison | No
     )
 
 
+@lru_cache(maxsize=1)
 def comparisons(study: Study) -> dict[str, Comparison]:
     """The headline, the same against each matched control, and each attack by itself against the baseline."""
     wanted = {WORST: ("baseline", WORST)} | {name: (name, WORST) for name in CONTROLS}

@@ -26,7 +26,7 @@ ATTACKS = ("hotflip", "query_greedy", "transfer", "longer")
 RANDOM = "random"  # random flips as an attack: of the draws of HotFlip's control the best one for each text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Study:
     """`json[seed][artefact]` as stored; `documents`, `flips`, `triggers`, `steps`, `benchmarks` are long tables with a column `seed`.
 

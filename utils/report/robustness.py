@@ -55,11 +55,10 @@ def random_rise(study: Study, model: str) -> Number:
     return study.mean(matrix, NATS, "rise under random flips", source)
 
 
-def curve(study: Study, model: str, attack: str = "hotflip") -> list[Number]:
-    """Rise after 0, 1, ... flips."""
-    rows = study.flips[(study.flips["model"] == model) & (study.flips["attack"] == attack)]
-    length = min(rows["nll"].map(len))
-    source = _source(attack, [attack], model)
+def curve(study: Study, model: str) -> list[Number]:
+    """HotFlip's rise after 0, 1, ... flips."""
+    rows = study.flips[(study.flips["model"] == model) & (study.flips["attack"] == "hotflip")]
+    length, source = min(rows["nll"].map(len)), _source("hotflip", [], model)
     curves = [rows.assign(after=rows["nll"].map(lambda nll, k=k: nll[k] - nll[0])) for k in range(length)]
     return [study.mean(study.matrix(each, "text", "after", {}), NATS, f"rise after {k} flips", source) for k, each in enumerate(curves)]
 
@@ -94,10 +93,10 @@ def success_difference(study: Study, model: str, other: str, attack: str = "hotf
     return Number.of(estimate, SHARE, f"{how}; Tango's score interval", source)
 
 
-def mcnemar_by_seed(study: Study, attack: str = "hotflip") -> dict[int, dict[str, float | int]]:
-    """Exact test of success, baseline (first) against monotonic (second), for each seed."""
-    limit, over = study.config.hotflip.threshold_nats, ensemble(study, "baseline", "monotonic")
-    first, second = _aligned(*(rises(study, model, attack, over) > limit for model in ("baseline", "monotonic")))
+def mcnemar_by_seed(study: Study) -> dict[int, dict[str, float | int]]:
+    """Exact test of HotFlip's success, baseline (first) against monotonic (second), for each seed."""
+    limit = study.config.hotflip.threshold_nats
+    first, second = _aligned(*(rises(study, model, "hotflip") > limit for model in ("baseline", "monotonic")))
     return {int(seed): paired.mcnemar(first.loc[seed].tolist(), second.loc[seed].tolist()) for seed in first.index}
 
 
@@ -113,10 +112,8 @@ def reference_success(study: Study, model: str) -> Number:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rise of `model` minus `other` under one attack, paired by text."""
+    """Rise of the monotonic model minus that of `other` under one attack, paired by text."""
 
-    name: str
-    model: str
     other: str
     attack: str
     over: tuple[str, ...]  # the attacks of the worst case
@@ -125,7 +122,7 @@ class Comparison:
     p: Number  # Wilcoxon's, the same data
 
 
-def compare(study: Study, name: str, other: str, attack: str) -> Comparison | None:
+def compare(study: Study, other: str, attack: str) -> Comparison | None:
     """Monotonic against `other`; None where either was not attacked so."""
     over = ensemble(study, "monotonic", other)
     if not over if attack == WORST else attack not in kinds(study, "monotonic", other):
@@ -137,8 +134,6 @@ def compare(study: Study, name: str, other: str, attack: str) -> Comparison | No
     shift = paired.hodges_lehmann(by_text, study.config.report.confidence)
     test = Estimate(paired.wilcoxon(by_text), None, None, len(by_text))
     return Comparison(
-        name,
-        "monotonic",
         other,
         attack,
         tuple(over),
@@ -153,7 +148,7 @@ def comparisons(study: Study) -> dict[str, Comparison]:
     """The headline, the same against each matched control, and each attack by itself against the baseline."""
     wanted = {WORST: ("baseline", WORST)} | {name: (name, WORST) for name in CONTROLS}
     wanted |= {kind: ("baseline", kind) for kind in kinds(study, "baseline", "monotonic")}
-    made = {name: compare(study, name, other, attack) for name, (other, attack) in wanted.items()}
+    made = {name: compare(study, other, attack) for name, (other, attack) in wanted.items()}
     return {name: comparison for name, comparison in made.items() if comparison}
 
 

@@ -94,7 +94,10 @@ def attack_table(study: Study) -> Table:
                 {"model": model, "attack": attack, "rise_nats": rise, "success_rate": robustness.success(study, model, attack, over)}
             )
     limit = study.config.hotflip.threshold_nats
-    note = f"Nats per untouched token; success: rise above {limit:g} nats. {WORST} over {', '.join(common)}."
+    note = (
+        f"Nats per untouched token; success: rise above {limit:g} nats. {WORST} over {', '.join(common)}. random: the best draw of "
+        "each text; longer: a check of HotFlip with more candidates, on some of the texts."
+    )
     return Table("attacks", "Every attack on every model", note, rows)
 
 

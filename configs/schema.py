@@ -392,6 +392,13 @@ class Report(Section):
     confidence: Rate = Field(0.95, description="level of the intervals")
     bootstrap_draws: Positive = Field(10_000, description="resamples of documents or texts")
     margin_nats: Annotated[float, Field(gt=0)] = Field(0.0677, description="non-inferiority margin in nats per token; 0.0677 = ln 1.07")
+    family: tuple[Literal["worst_case", "noise", "earlier", "hotflip", "success"], ...] = Field(
+        ("worst_case", "noise", "earlier", "hotflip", "success"),
+        description="secondary comparisons whose p-values Holm's method corrects together: rise of the worst case against the baseline "
+        "and against each matched control, rise and success of HotFlip against the baseline. The primary endpoint is the perplexity "
+        "ratio monotonic/baseline, always",
+    )
+    examples: Count = Field(3, description="attacked texts shown for each model, so many of the worst and so many typical ones")
 
 
 class Experiment(Section):

@@ -6,7 +6,7 @@
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 needed="torch>=2.9 transformers>=5.0 tokenizers>=0.22 safetensors>=0.5 huggingface-hub>=1.31 numpy>=2.0 pandas>=2.2 scipy>=1.15
-matplotlib>=3.9 pydantic>=2.10 PyYAML>=6.0 tqdm>=4.60 zstandard>=0.22 tiktoken>=0.9 pyarrow>=16.0
+matplotlib>=3.9 pydantic>=2.10 PyYAML>=6.0 tqdm>=4.60 zstandard>=0.22 tiktoken>=0.9 pyarrow>=16.0 Jinja2>=3.1
 pytest>=8.0 pytest-cov>=5.0 pytest-rerunfailures>=14.0 pytest-xdist>=3.6"
 
 has_packages() {

@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace, chosen: Sequence[Stage]) -> int:
     code = run_each(chosen, config, config.seeds, options.discard)
     if code == DONE and options.last == 7:
         folder = Folders.of(config.paths, config.run_name).final
-        print(f"\nAll stages are complete. Open:\n  {folder / 'experiment_summary.txt'}\n  {folder / 'figures'}\n  {folder / 'tables'}")
+        print(f"\nAll stages are complete. Open:\n  {folder / 'report.html'}\n  {folder / 'experiment_summary.txt'}\n  {folder / 'tables'}")
     return code
 
 

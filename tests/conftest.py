@@ -15,10 +15,19 @@ import torch
 from configs.presets import load
 from configs.schema import Experiment
 from stages.pipeline import run_each, stages
+from stages.stage_7_aggregate import RECORDS
+from tests.extended_records import extended
 from tests.fake_slurm import FakeSlurm
 from tests.fake_stages import ROOT, TINY
 from tests.hub_server import Hub
+from utils.report.attack_figures import figures
+from utils.report.figures import write_figures
+from utils.report.page import write_page
+from utils.report.study import Study
+from utils.report.table import write_numbers, write_tables
+from utils.report.tables import tables
 from utils.run import artifacts
+from utils.run.stage import producer
 from utils.slurm import client, snapshot
 
 torch.set_num_threads(1)
@@ -53,6 +62,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Experiment) -> Path
         place(patch, root)
         assert run_each(stages(), tiny, tiny.seeds, discard=False) == 0
     return root
+
+
+@pytest.fixture(scope="session")
+def finished_records(finished: Path) -> dict[str, Path]:
+    """What stage 7 of the finished run reads, by artefact."""
+    sources = {name: producer(stages(), name) for name in RECORDS}
+    work = finished / "scratch" / "foundation_llm_work" / "tiny" / "seed_42"
+    return {name: work / source.label / source.writes[name] for name, source in sources.items()}
+
+
+@pytest.fixture(scope="session")
+def full_report(tmp_path_factory: pytest.TempPathFactory, tiny: Experiment, finished_records: dict[str, Path]) -> Path:
+    """Folder of a report over three seeds with all controls, attacks, benchmarks and hostile texts; `records/` is what it is made from."""
+    folder = tmp_path_factory.mktemp("full")
+    study = Study.load(tiny, extended(finished_records, folder / "records"))
+    write_tables(tables(study), folder / "tables")
+    write_numbers(tables(study), study.traces, folder / "numbers.json")
+    write_figures(figures(study), folder / "figures")
+    write_page(study, tables(study), folder / "figures", folder / "report.html")
+    return folder
 
 
 @pytest.fixture

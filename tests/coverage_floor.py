@@ -11,6 +11,7 @@ FILES = (
     "utils/training/",
     "utils/attacks/",
     "utils/run/",
+    "utils/statistics/",
     "utils/slurm/",
     "utils/verify/",
     "utils/models/constraints.py",

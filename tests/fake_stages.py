@@ -29,7 +29,8 @@ def write_squares(ctx: Context) -> None:
 
 
 def write_total(ctx: Context) -> None:
-    write_json(ctx.write("total"), sum(row["square"] for inputs in ctx.inputs.values() for row in read_json(inputs["squares"])))
+    there = [inputs for inputs in ctx.inputs.values() if inputs]
+    write_json(ctx.write("total"), sum(row["square"] for inputs in there for row in read_json(inputs["squares"])))
 
 
 NUMBERS = Stage(0, "numbers", "write numbers", (), {"numbers": "below/numbers.json"}, ("training.steps",), write_numbers)

@@ -21,6 +21,7 @@ from stages.pipeline import run_each, stages
 
 CLOCK = re.compile(r"time|seconds|tokens_per_second|resumed|code_revision")
 BOOKKEEPING = {"manifest.json", "started.json", ".lock", "telemetry.jsonl"}
+SHOW_RESTARTS = ("training_curves", "validation_curves", "report.html")  # these tell an interrupted run from a straight one on purpose
 
 
 def start(config: Experiment, number: int, output: Path) -> int:
@@ -66,6 +67,8 @@ def results(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(root.rglob("*")):
         if not path.is_file() or path.name in BOOKKEEPING or "foundation_llm_cache" in path.parts:
+            continue
+        if path.name.startswith(SHOW_RESTARTS):
             continue
         name = path.relative_to(root).as_posix()
         if path.suffix == ".json":

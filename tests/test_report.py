@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,32 +15,39 @@ import pandas as pd
 import pytest
 
 from configs.schema import Experiment
-from stages.pipeline import stages
-from stages.stage_7_aggregate import RECORDS
+from tests.extended_records import plain
+from utils.report import quality, robustness, triggers
+from utils.report.attack_figures import figures
 from utils.report.figures import write_figures
-from utils.report.statistics import Estimate
-from utils.report.study import ATTACKED, MODELS, Study
-from utils.report.summary import final_results, interval, key_findings, summary_text
-from utils.report.tables import write_tables
+from utils.report.findings import key_findings, non_inferior
+from utils.report.numbers import Number
+from utils.report.page import write_page
+from utils.report.study import MODELS, Study
+from utils.report.summary import final_results, summary_text
+from utils.report.table import write_tables
+from utils.report.tables import tables
 from utils.run.artifacts import read_json, write_json
 from utils.run.errors import InputError
-from utils.run.stage import producer
 
 pytestmark = pytest.mark.integration
 SECTIONS = ["TRAINING SUMMARY", "PERPLEXITY EVALUATION", "ADVERSARIAL ROBUSTNESS", "KEY FINDINGS", "PAPER INTEGRATION (Table 7)"]
-Load = Callable[..., Study]
+MADE = ["perplexity", "perplexity_by_subset", "comparisons", "attacks", "hotflip", "uat", "transfer", "training", "budget"]
 
 
 @pytest.fixture(scope="module")
-def inputs(finished: Path) -> dict[str, Path]:
-    sources = {name: producer(stages(), name) for name in RECORDS}
-    work = finished / "scratch" / "foundation_llm_work" / "tiny" / "seed_42"
-    return {name: work / source.label / source.writes[name] for name, source in sources.items()}
+def inputs(finished_records: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return plain(finished_records, tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture
 def study(tiny: Experiment, inputs: dict[str, Path]) -> Study:
     return Study.load(tiny, {42: inputs})
+
+
+@pytest.fixture
+def real(tiny: Experiment, finished_records: dict[str, Path]) -> Study:
+    """As the stage has it."""
+    return Study.load(tiny, {42: finished_records})
 
 
 def test_seeds_of_different_text_are_not_summed_up(tiny: Experiment, inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -68,7 +74,7 @@ def with_losses(study: Study, gap: float) -> Study:
 def with_rises(study: Study, baseline: list[float], monotonic: list[float]) -> Study:
     flips = study.flips.copy()
     for model, rises in (("baseline", baseline), ("monotonic", monotonic)):
-        flips.loc[flips["model"] == model, "rise"] = rises
+        flips.loc[(flips["model"] == model) & (flips["attack"] == "hotflip"), "rise"] = rises
     return replace(study, flips=flips)
 
 
@@ -134,30 +140,30 @@ def test_losses_by_hand(study: Study, inputs: dict[str, Path]) -> None:
     for model in MODELS:
         mine = [row for row in rows if row["model"] == model]
         expected = sum(row["nll"] for row in mine) / sum(row["tokens"] for row in mine)
-        assert study.nll(model).value == pytest.approx(expected)
+        assert quality.loss(study, model).value == pytest.approx(expected)
         stored = study.json[42]["evaluation_results"]["pile_test"][f"{model}_pythia"]
         assert stored["loss"] == pytest.approx(expected)
-    gap = study.nll("monotonic").value - study.nll("baseline").value
-    assert study.nll_difference("monotonic", "baseline").value == pytest.approx(gap)
-    assert study.perplexity_ratio.value == pytest.approx(math.exp(gap))
-    assert study.per_seed_ratio("monotonic", "baseline") == {42: pytest.approx(math.exp(gap))}
+    gap = quality.loss(study, "monotonic").value - quality.loss(study, "baseline").value
+    assert quality.loss_difference(study, "monotonic", "baseline").value == pytest.approx(gap)
+    assert quality.perplexity_ratio(study).value == pytest.approx(math.exp(gap))
+    assert quality.ratio_by_seed(study, "monotonic", "baseline") == {42: pytest.approx(math.exp(gap))}
 
 
 def test_rises_by_hand(study: Study, inputs: dict[str, Path], tiny: Experiment) -> None:
     flips = [json.loads(line) for line in inputs["hotflip_records"].read_text().splitlines()]
-    triggers = [json.loads(line) for line in inputs["uat_records"].read_text().splitlines()]
-    for model in ATTACKED:
+    behind = [json.loads(line) for line in inputs["uat_records"].read_text().splitlines()]
+    for model in study.attacked:
         mine = [row for row in flips if row["model"] == model]
         rises = [row["nll"][-1] - row["nll"][0] for row in mine]
-        assert study.flip_rise(model).value == pytest.approx(np.mean(rises))
-        assert study.flip_rise(model, "random_rise").value == pytest.approx(np.mean([np.mean(r["random_nll"]) - r["nll"][0] for r in mine]))
-        assert study.flip_success(model) == np.mean([rise > tiny.hotflip.threshold_nats for rise in rises])
+        assert robustness.rise(study, model).value == pytest.approx(np.mean(rises))
+        assert robustness.random_rise(study, model).value == pytest.approx(np.mean([np.mean(r["random_nll"]) - r["nll"][0] for r in mine]))
+        assert robustness.success(study, model).value == np.mean([rise > tiny.hotflip.threshold_nats for rise in rises])
         relative = [row["reference_attacked"] / row["reference_clean"] - 1 for row in mine]
-        assert study.reference_success(model) == np.mean([each > tiny.hotflip.reference_threshold for each in relative])
-        losses = {kind: [row["nll"] for row in triggers if (row["model"], row["trigger"]) == (model, kind)] for kind in ("clean", model)}
-        assert study.trigger_rise(model, model).value == pytest.approx(np.mean(losses[model]) - np.mean(losses["clean"]))
-        drawn = [row["nll"] for row in triggers if row["model"] == model and row["trigger"].startswith("random_")]
-        assert study.trigger_rise(model, "random").value == pytest.approx(np.mean(drawn) - np.mean(losses["clean"]))
+        assert robustness.reference_success(study, model).value == np.mean([each > tiny.hotflip.reference_threshold for each in relative])
+        losses = {kind: [row["nll"] for row in behind if (row["model"], row["trigger"]) == (model, kind)] for kind in ("clean", model)}
+        assert triggers.trigger_rise(study, model, model).value == pytest.approx(np.mean(losses[model]) - np.mean(losses["clean"]))
+        drawn = [row["nll"] for row in behind if row["model"] == model and row["trigger"].startswith("random_")]
+        assert triggers.trigger_rise(study, model, "random").value == pytest.approx(np.mean(drawn) - np.mean(losses["clean"]))
 
 
 @pytest.mark.parametrize(
@@ -223,23 +229,23 @@ def test_success_in_words(study: Study, baseline: int, monotonic: int, percent: 
 
 def test_mcnemar_pairs_by_text(study: Study) -> None:
     made = with_rises(study, [HIGH] * 5 + [LOW], [LOW] * 4 + [HIGH] * 2)
-    assert made.flip_mcnemar() == {42: {"only_first": 4, "only_second": 1, "p": pytest.approx(12 / 32)}}
+    assert robustness.mcnemar_by_seed(made) == {42: {"only_first": 4, "only_second": 1, "p": pytest.approx(12 / 32)}}
     shuffled = replace(made, flips=made.flips.sample(frac=1, random_state=1))
-    assert shuffled.flip_mcnemar() == made.flip_mcnemar()
+    assert robustness.mcnemar_by_seed(shuffled) == robustness.mcnemar_by_seed(made)
 
 
 def test_one_document_gives_no_interval_and_says_so(study: Study, tmp_path: Path) -> None:
     one = with_one(study)
-    assert one.non_inferior is None
+    assert non_inferior(one) is None
     quality = finding(one, "Quality: ")
     assert "are not distinguishable (too few for an interval), perplexity " in quality
     assert quality.endswith("non-inferiority at a margin of 0.0677 nats stays open.")
     assert finding(one, "HotFlip: ").endswith("more robust: not distinguishable (too few for an interval).")
     assert "[no interval from 1]" in summary_text(one)
     write_json(tmp_path / "final_results.json", final_results(one))
-    write_tables(one, tmp_path / "tables")
+    write_tables(tables(one), tmp_path / "tables")
     assert all("None" not in path.read_text() and "nan" not in path.read_text().lower() for path in (tmp_path / "tables").iterdir())
-    write_figures(one, tmp_path / "figures")
+    write_figures(figures(one), tmp_path / "figures")
     assert matplotlib.image.imread(tmp_path / "figures" / "perplexity.png").std() > 0.05
 
 
@@ -249,15 +255,15 @@ def test_one_seed_says_what_its_intervals_lack(study: Study) -> None:
 
 
 def test_several_seeds(study: Study, tmp_path: Path) -> None:
-    """Documents are averaged over seeds before they are resampled: the count stays that of the documents."""
+    """Documents and seeds are resampled apart: the count stays that of the documents."""
     two = with_seeds(study)
-    ratio = study.perplexity_ratio.value
-    assert two.per_seed_ratio("monotonic", "baseline") == {42: pytest.approx(ratio), 43: pytest.approx(ratio * math.exp(0.5))}
-    assert two.perplexity_ratio.value == pytest.approx(ratio * math.exp(0.25))
-    assert two.nll("baseline") == study.nll("baseline")
-    assert two.flip_rise("baseline").count == study.flip_rise("baseline").count
-    assert two.flip_rise("baseline").value == pytest.approx(study.flip_rise("baseline").value + 0.5)
-    assert set(two.flip_mcnemar()) == {42, 43}
+    ratio = quality.perplexity_ratio(study).value
+    assert quality.ratio_by_seed(two, "monotonic", "baseline") == {42: pytest.approx(ratio), 43: pytest.approx(ratio * math.exp(0.5))}
+    assert quality.perplexity_ratio(two).value == pytest.approx(ratio * math.exp(0.25))
+    assert quality.loss(two, "baseline").as_dict() == pytest.approx(quality.loss(study, "baseline").as_dict())  # seeds that agree
+    assert robustness.rise(two, "baseline").count == robustness.rise(study, "baseline").count
+    assert robustness.rise(two, "baseline").value == pytest.approx(robustness.rise(study, "baseline").value + 0.5)
+    assert set(robustness.mcnemar_by_seed(two)) == {42, 43}
     text = summary_text(two)
     assert "One seed" not in text
     assert "seeds 42, 43" in text
@@ -267,8 +273,7 @@ def test_several_seeds(study: Study, tmp_path: Path) -> None:
     results = final_results(two)
     assert results["experiment_info"]["seeds"] == [42, 43]
     assert set(results["training_summary"]["monotonic"]) == {42, 43}
-    write_figures(two, tmp_path / "figures")
-    write_tables(two, tmp_path / "tables")
+    write_tables(tables(two), tmp_path / "tables")
     assert pd.read_csv(tmp_path / "tables" / "perplexity.csv")["ratio_to_baseline"].iloc[-1] == pytest.approx(ratio * math.exp(0.25))
 
 
@@ -283,13 +288,13 @@ def test_certificate_in_words(study: Study) -> None:
     assert not any("vacuous" in line for line in findings(other))
 
 
-def test_summary_has_the_reference_sections_in_order(study: Study, finished: Path) -> None:
-    lines = summary_text(study).splitlines()
+def test_summary_has_the_reference_sections_in_order(real: Study, finished: Path) -> None:
+    lines = summary_text(real).splitlines()
     titles = [line for line, under in pairwise(lines) if under and set(under) == {"-"}]
     assert titles == SECTIONS
     stored = finished / "project" / "foundation_llm_final_results" / "tiny" / "experiment_summary.txt"
-    assert stored.read_text() == summary_text(study)
-    assert f"{study.nll('baseline').count} test documents" in summary_text(study)
+    assert stored.read_text() == summary_text(real)
+    assert f"{quality.loss(real, 'baseline').count} test documents" in summary_text(real)
 
 
 def test_final_results_have_the_reference_fields(study: Study) -> None:
@@ -299,7 +304,7 @@ def test_final_results_have_the_reference_fields(study: Study) -> None:
     assert set(results["training_summary"]) == {"baseline", "monotonic"}
     assert set(results["attack_summary"]) == {"uat", "hotflip"}
     assert {"perplexity_gap_percent", "hotflip_reduction_percent", "most_robust_hotflip"} <= set(results["key_findings"])
-    gap = study.nll("monotonic").value - study.nll("baseline").value
+    gap = quality.loss(study, "monotonic").value - quality.loss(study, "baseline").value
     assert results["key_findings"]["perplexity_gap_percent"] == pytest.approx(100 * (math.exp(gap) - 1))
 
 
@@ -312,33 +317,47 @@ def test_results_are_strict_json_even_for_a_ruined_model(study: Study, tmp_path:
         assert stored["key_findings"]["perplexity_ratio"]["value"] > 0
 
 
-def test_interval_in_words() -> None:
-    assert interval(Estimate(1.0344, 1.02, 1.049, 12)) == "1.034 [1.020, 1.049]"
-    assert interval(Estimate(1.0, None, None, 1), 1) == "1.0 [no interval from 1]"
+def test_number_in_words() -> None:
+    assert Number(1.0344, 1.02, 1.049, 12, "ratio").text() == "1.034 [1.020, 1.049]"
+    assert Number(1.0344, 1.02, 1.049, 12, "ratio").text(bare=True) == "1.034"
+    assert Number(1.0, None, None, 1, "perplexity").text() == "1.00 [no interval from 1]"
+    assert Number(0.125, 0.1, 0.2, 8, "share").text() == "12.5 % [10.0, 20.0]"
+    assert [Number(value, None, None, 1, unit).text() for value, unit in ((0.00123, "p"), (1234.0, "count"))] == ["0.0012", "1,234"]
 
 
 def test_csv_holds_full_precision_and_latex_is_booktabs(study: Study, tmp_path: Path) -> None:
-    write_tables(study, tmp_path / "tables")
+    write_tables(tables(study), tmp_path / "tables")
     names = {path.stem for path in (tmp_path / "tables").iterdir()}
-    assert names == {"perplexity", "perplexity_by_subset", "hotflip", "uat", "transfer", "table_7"}
+    assert names == {
+        "perplexity",
+        "perplexity_by_subset",
+        "comparisons",
+        "attacks",
+        "hotflip",
+        "uat",
+        "transfer",
+        "training",
+        "budget",
+        "table_7",
+    }
     for name in names:
         latex = (tmp_path / "tables" / f"{name}.tex").read_text()
         assert all(rule in latex for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
         assert "_" not in latex.replace(r"\_", "")
     table = pd.read_csv(tmp_path / "tables" / "hotflip.csv").set_index("model")
-    estimate = study.flip_rise("monotonic")
+    estimate = robustness.rise(study, "monotonic")
     assert table.loc["monotonic", ["rise_nats", "rise_nats_low", "rise_nats_high"]].tolist() == [
         estimate.value,
         estimate.low,
         estimate.high,
     ]
     transfer = pd.read_csv(tmp_path / "tables" / "transfer.csv").set_index("attacked")
-    assert transfer.loc["monotonic", "trigger_of_baseline"] == study.trigger_rise("monotonic", "baseline").value
+    assert transfer.loc["monotonic", "trigger_of_baseline"] == triggers.trigger_rise(study, "monotonic", "baseline").value
 
 
 def test_latex_escapes_names(study: Study, tmp_path: Path) -> None:
     odd = replace(study, documents=study.documents.assign(subset="50% of R&D_texts #1"))
-    write_tables(odd, tmp_path / "tables")
+    write_tables(tables(odd), tmp_path / "tables")
     assert r"50\% of R\&D\_texts \#1" in (tmp_path / "tables" / "perplexity_by_subset.tex").read_text()
     assert "50% of R&D_texts #1" in (tmp_path / "tables" / "perplexity_by_subset.csv").read_text()
 
@@ -354,10 +373,13 @@ def test_figures_open_and_show_something(finished: Path) -> None:
         assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_files_are_the_same_bytes_each_time(study: Study, finished: Path, tmp_path: Path) -> None:
-    """Made again in this process and by the stage: tables, PNG and PDF."""
+def test_files_are_the_same_bytes_each_time(real: Study, finished: Path, tmp_path: Path) -> None:
+    """Made again in this process and by the stage: tables, PNG, PDF and SVG; and the page from these."""
     stored = finished / "project" / "foundation_llm_final_results" / "tiny"
-    for kind, write in (("tables", write_tables), ("figures", write_figures)):
-        write(study, tmp_path / kind)
+    write_tables(tables(real), tmp_path / "tables")
+    write_figures(figures(real), tmp_path / "figures")
+    for kind in ("tables", "figures"):
         made = {path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()}
         assert made == {path.name: path.read_bytes() for path in (stored / kind).iterdir()}
+    write_page(real, tables(real), tmp_path / "figures", tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_bytes() == (stored / "report.html").read_bytes()

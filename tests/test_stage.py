@@ -73,6 +73,38 @@ def test_missing_input_is_named_with_the_stage_that_makes_it(own_folders: Path, 
     assert contents(own_folders) == {}
 
 
+def test_a_sum_goes_on_without_a_seed_that_is_not_done_and_names_it(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The reference's aggregation stopped. What no seed has made is refused; what is made later is taken in without asking."""
+    two = ("seeds=[42, 43]",)
+    assert run(TOTAL, *two) == REFUSED
+    assert "run stage 1 (squares, seed 42) first" in capsys.readouterr().err
+    for stage in (NUMBERS, SQUARES):
+        run(stage, *two)
+    capsys.readouterr()
+    assert run(TOTAL, *two) == DONE
+    squares = folder_of(SQUARES, own_folders, 43) / "squares.json"
+    assert f"goes on without seed 43: the input 'squares' is missing: {squares} is not complete" in capsys.readouterr().out
+    total = folder_of(TOTAL, own_folders) / "total.json"
+    partial = json.loads(total.read_text())
+    assert partial == sum(row["square"] for row in SQUARES_OF_42)
+    assert run(replace(TOTAL, run=must_not_run), *two) == DONE
+    for stage in (NUMBERS, SQUARES):
+        run(stage, *two, seed=43)
+    assert run(TOTAL, *two) == DONE
+    assert json.loads(total.read_text()) == partial + sum((number + 1) ** 2 for number in range(42, 54))
+
+
+def test_a_sum_refuses_a_seed_whose_input_is_damaged(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only what is not there is left out; what is wrong is for the user to settle."""
+    two = ("seeds=[42, 43]",)
+    for seed in (42, 43):
+        for stage in (NUMBERS, SQUARES):
+            run(stage, *two, seed=seed)
+    cut(folder_of(SQUARES, own_folders, 43) / "squares.json")
+    assert run(TOTAL, *two) == REFUSED
+    assert "the input 'squares' is damaged" in capsys.readouterr().err
+
+
 def test_changed_configuration_is_refused_and_nothing_is_lost(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(NUMBERS)
     before = contents(own_folders)

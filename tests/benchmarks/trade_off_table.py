@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.report.statistics import Estimate, mean, perplexity, weighted_mean
+from utils.statistics.estimate import Estimate, perplexity
+from utils.statistics.resampling import mean, weighted_mean
 
 INTERVAL = {"confidence": 0.95, "draws": 10_000}
 Result = dict[str, Any]
 
 
 def table(results: list[Result]) -> str:
-    """Markdown: a row an arm, seeds averaged by document or text, intervals over documents or texts."""
+    """Markdown: a row an arm, intervals over seeds and documents or texts."""
     failed = [f"{found['arm']}, seed {found['seed']}: {found['error'].splitlines()[-1]}" for found in results if "error" in found]
     by_arm: dict[str, dict[int, Result]] = {}
     for found in results:
@@ -55,13 +56,13 @@ def _row(arm: str, seeds: dict[int, Result], by_arm: dict[str, dict[int, Result]
 
 def _nll(seeds: dict[int, Result]) -> Estimate:
     frames = [pd.DataFrame(found["documents"], index=["nll", "tokens"]).T for found in seeds.values()]
-    return weighted_mean(sum(frame["nll"] for frame in frames) / len(frames), frames[0]["tokens"], **INTERVAL)
+    return weighted_mean([frame["nll"] for frame in frames], frames[0]["tokens"], **INTERVAL)
 
 
 def _difference(paired: dict[int, tuple[Result, Result]]) -> Estimate:
     """Nats per token, arm minus control, by document."""
     frames = [[pd.DataFrame(side["documents"], index=["nll", "tokens"]).T for side in pair] for pair in paired.values()]
-    return weighted_mean(sum(mine["nll"] - other["nll"] for mine, other in frames) / len(frames), frames[0][0]["tokens"], **INTERVAL)
+    return weighted_mean([mine["nll"] - other["nll"] for mine, other in frames], frames[0][0]["tokens"], **INTERVAL)
 
 
 def _rises(flips: dict[str, list[float]]) -> pd.Series:
@@ -69,7 +70,7 @@ def _rises(flips: dict[str, list[float]]) -> pd.Series:
 
 
 def _rise(series: list[pd.Series]) -> Estimate:
-    return mean(sum(series) / len(series), **INTERVAL)
+    return mean(np.stack(series), **INTERVAL)
 
 
 def _against(pairs: list[tuple[dict[str, list[float]], dict[str, list[float]]]]) -> str:

@@ -1,8 +1,11 @@
-"""Figures as PNG and PDF. Colours are from the Okabe-Ito palette, which colour-blind readers can tell apart."""
+"""Figures as PNG, PDF and SVG, one panel each and narrow enough for a telephone. Colours are from the Okabe-Ito palette, which
+colour-blind readers can tell apart; markers tell the models apart without any colour."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,103 +15,118 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from utils.report.statistics import Estimate, perplexity
-from utils.report.study import ATTACKED, MODELS, Study
+from utils.report import quality
+from utils.report.numbers import Number
+from utils.report.study import ARMS, Study
 from utils.run.artifacts import published
 
-COLOURS = {"base": "#999999", "converted": "#E69F00", "baseline": "#0072B2", "monotonic": "#D55E00"}
+KNOWN = {
+    "base": ("#767676", "s"),
+    "converted": ("#E69F00", "D"),
+    "baseline": ("#0072B2", "o"),
+    "monotonic": ("#D55E00", "^"),
+    "noise": ("#009E73", "v"),
+    "earlier": ("#CC79A7", "P"),
+}
+COLOURS = defaultdict(lambda: "#000000", {model: colour for model, (colour, _) in KNOWN.items()})
+MARKERS = defaultdict(lambda: "x", {model: marker for model, (_, marker) in KNOWN.items()})
+SIZE = (5.4, 3.8)  # inches
+FIXED: Any = {"svg.hashsalt": "report", "svg.fonttype": "path"}  # the same bytes each time, and no font to be found
 
 
-def write_figures(study: Study, folder: Path) -> None:
-    drawn = {
-        "training_curves": training_curves(study),
-        "robustness": robustness(study),
-        "perplexity": perplexities(study),
-    }
-    with published(folder) as aside:
+def write_figures(drawn: dict[str, Figure], folder: Path) -> None:
+    """Write every figure as <name>.png, .pdf and .svg, and close it."""
+    with published(folder) as aside, matplotlib.rc_context(FIXED):
         aside.mkdir()
         for name, figure in drawn.items():
             figure.savefig(aside / f"{name}.png", dpi=160)
             figure.savefig(aside / f"{name}.pdf", metadata={"CreationDate": None})
+            figure.savefig(aside / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
 
 
 def training_curves(study: Study) -> Figure:
-    """Training loss (thin) and validation loss (marked) of both arms; one line for each seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    for arm in ("baseline", "monotonic"):
-        for seed in study.seeds:
-            rows = study.steps[(study.steps["arm"] == arm) & (study.steps["seed"] == seed)]
-            steps, checks = rows[rows["loss"].notna()], rows[rows["validation_nll"].notna()]
-            label = arm if seed == study.seeds[0] else None
-            axes[0].plot(steps["step"], steps["cross_entropy"], color=COLOURS[arm], alpha=0.7, linewidth=1, label=label)
-            axes[1].plot(checks["step"], checks["validation_nll"], color=COLOURS[arm], marker="o", markersize=4, label=label)
-    for axis, title in zip(axes, ("Training cross-entropy", "Validation loss"), strict=True):
-        _dress(axis, title, "optimiser step", "nats per token")
-        axis.legend(frameon=False)
-    return figure
+    """Training cross-entropy; one line for each seed, and a dotted line at each restart."""
+    return _curves(study, "cross_entropy", "Training cross-entropy", "")
 
 
-def robustness(study: Study) -> Figure:
-    """Left: rise against the number of flips. Right: rise under HotFlip and under the own trigger, beside the controls."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    for model in ATTACKED:
-        texts = study.flips[study.flips["model"] == model].groupby("text")["nll"]
-        curves = np.stack([np.mean(losses.tolist(), axis=0) for _, losses in texts])  # seeds averaged by text, as in the tables
-        rises = curves - curves[:, :1]
-        estimates = [study.interval_of(column) for column in rises.T]
-        budget, middle = np.arange(rises.shape[1]), rises.mean(axis=0)
-        axes[0].plot(budget, middle, color=COLOURS[model], marker="o", markersize=4, label=model)
-        if all(estimate.low is not None for estimate in estimates):
-            low, high = ([getattr(estimate, bound) for estimate in estimates] for bound in ("low", "high"))
-            axes[0].fill_between(budget, low, high, color=COLOURS[model], alpha=0.15, linewidth=0)
-    _dress(axes[0], "HotFlip", "flipped tokens", "rise, nats per untouched token")
-    axes[0].legend(frameon=False)
-    kinds = {
-        "HotFlip": lambda model: study.flip_rise(model),
-        "random flips": lambda model: study.flip_rise(model, "random_rise"),
-        "trigger": lambda model: study.trigger_rise(model, model),
-        "neutral trigger": lambda model: study.trigger_rise(model, "neutral"),
-    }
-    _bars(axes[1], {kind: {model: estimate(model) for model in ATTACKED} for kind, estimate in kinds.items()})
-    _dress(axes[1], "Attacks and their controls", "", "rise, nats per token")
+def validation_curves(study: Study) -> Figure:
+    """Validation loss at the steps where it was taken."""
+    return _curves(study, "validation_nll", "Validation loss", "marked")
+
+
+def _curves(study: Study, column: str, title: str, style: str) -> Figure:
+    figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
+    for arm in ARMS:
+        for number, seed in enumerate(sorted(set(study.steps["seed"]))):
+            rows = study.steps[(study.steps["arm"] == arm) & (study.steps["seed"] == seed) & study.steps[column].notna()]
+            marker = MARKERS[arm] if style else None
+            label = None if number else arm
+            axis.plot(rows["step"], rows[column], color=COLOURS[arm], marker=marker, markersize=4, linewidth=1.2, label=label)
+            for step in study.json.get(seed, {}).get(f"{arm}_history", {}).get("resumed_at_steps", []):
+                axis.axvline(step, color=COLOURS[arm], linestyle=":", linewidth=1.2)
+    dress(axis, title, "optimiser step (dotted: restarts)", "nats per token")
+    integers(axis)
+    legend_below(figure, axis)
     return figure
 
 
 def perplexities(study: Study) -> Figure:
     """Perplexity of all models, whole and by subset, with intervals over documents."""
-    subsets = sorted(study.documents["subset"].unique())
-    figure, axis = plt.subplots(figsize=(1.8 * (1 + len(subsets)) + 2.5, 3.8), layout="constrained")
-    groups = {"all": None} | {subset: subset for subset in subsets}
-    _bars(axis, {label: {model: study.nll(model, subset).map(perplexity) for model in MODELS} for label, subset in groups.items()})
-    _dress(axis, "Test perplexity", "", "perplexity (log scale)")
+    figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
+    groups = {"all": None} | ({subset: subset for subset in study.subsets} if len(study.subsets) <= 4 else {})
+    for number, model in enumerate(study.models):
+        found = [quality.perplexity_of(study, model, subset) for subset in groups.values()]
+        places = [place + 0.14 * (number - (len(study.models) - 1) / 2) for place in range(len(groups))]
+        errors = np.hstack([error(each) for each in found])
+        axis.errorbar(places, [each.value for each in found], yerr=errors, color=COLOURS[model], linestyle="none", capsize=3)
+        axis.plot(places, [each.value for each in found], MARKERS[model], color=COLOURS[model], label=model)
+    axis.set_xticks(range(len(groups)), groups.keys())
+    axis.set_xlim(-0.5, len(groups) - 0.5)
+    dress(axis, "Test perplexity", "", "perplexity (log scale)")
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend_below(figure, axis)
     return figure
 
 
-def _bars(axis: Axes, groups: dict[str, dict[str, Estimate]]) -> None:
-    """Grouped bars with error bars; one group for each key, one colour for each model."""
-    for place, estimates in enumerate(groups.values()):
-        width = 0.8 / len(estimates)
-        for number, (model, estimate) in enumerate(estimates.items()):
-            low = estimate.value if estimate.low is None else estimate.low
-            high = estimate.value if estimate.high is None else estimate.high
-            error = [[max(0.0, estimate.value - low)], [max(0.0, high - estimate.value)]]
-            x = place - 0.4 + (number + 0.5) * width
-            label = model if place == 0 else None
-            axis.bar(x, estimate.value, width, color=COLOURS[model], yerr=error, capsize=2, label=label)
+def bars(axis: Axes, groups: dict[str, dict[str, Number]]) -> None:
+    """Grouped bars with error bars; one group for each key, one colour for each model, which may be missing in a group."""
+    models = list(dict.fromkeys(model for numbers in groups.values() for model in numbers))
+    width, labelled = 0.8 / len(models), set()
+    for place, numbers in enumerate(groups.values()):
+        for model, number in numbers.items():
+            x = place - 0.4 + (models.index(model) + 0.5) * width
+            label = None if model in labelled else model
+            labelled.add(model)
+            axis.bar(x, number.value, width, color=COLOURS[model], yerr=error(number), capsize=2, label=label)
     axis.set_xticks(range(len(groups)), groups.keys())
 
 
-def _dress(axis: Axes, title: str, x: str, y: str) -> None:
+def error(number: Number) -> list[list[float]]:
+    """Distances to both bounds, (2, 1); zero where there is no interval."""
+    low = number.value if number.low is None else number.low
+    high = number.value if number.high is None else number.high
+    return [[max(0.0, number.value - low)], [max(0.0, high - number.value)]]
+
+
+def dress(axis: Axes, title: str, x: str, y: str) -> None:
     axis.set_title(title)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def integers(axis: Axes) -> None:
+    """Steps and flips are whole numbers."""
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def legend_below(figure: Figure, axis: Axes) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)

@@ -1,30 +1,38 @@
-"""All records of a run in one place, and the comparisons that the tables, figures and the summary share."""
+"""All records of a run in one place, over all seeds, and what of them is absent."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
 
 from configs.schema import Experiment
-from utils.report.statistics import Estimate, mcnemar, mean, perplexity, student_mean, weighted_mean
+from utils.report.numbers import Number, Source
 from utils.run.artifacts import read_json
 from utils.run.errors import InputError
 from utils.run.records import read_rows
+from utils.statistics import resampling
 
 MODELS = ("base", "converted", "baseline", "monotonic")
-ATTACKED = ("base", "baseline", "monotonic")
+ARMS = ("baseline", "monotonic")
+CONTROLS = {"noise": "the baseline with weight noise, matched in quality", "earlier": "an earlier checkpoint, matched in quality"}
+ATTACKED = ("base", "baseline", "monotonic", *CONTROLS)
+ATTACKS = ("hotflip", "query_greedy", "transfer", "longer")
+RANDOM = "random"  # random flips as an attack: of the draws of HotFlip's control the best one for each text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Study:
-    """`json[seed][artefact]` as stored; `documents`, `flips`, `triggers`, `steps` are long tables with a column `seed`."""
+    """`json[seed][artefact]` as stored; `documents`, `flips`, `triggers`, `steps`, `benchmarks` are long tables with a column `seed`.
+
+    `files[seed][artefact]` are the paths; an artefact that a seed lacks is absent there. `flips` has beside the stored fields `attack`
+    (the part before a colon; `found_on` is the part behind), `clean` and `rise`, nats per untouched token after hotflip.flips flips.
+    """
 
     config: Experiment
     json: Mapping[int, Mapping[str, Any]]
@@ -32,120 +40,131 @@ class Study:
     flips: pd.DataFrame
     triggers: pd.DataFrame
     steps: pd.DataFrame
+    benchmarks: pd.DataFrame = field(default_factory=pd.DataFrame)
+    files: Mapping[int, Mapping[str, Path]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, config: Experiment, inputs: Mapping[int, Mapping[str, Path]]) -> Study:
         json = {seed: {name: read_json(path) for name, path in paths.items() if path.suffix == ".json"} for seed, paths in inputs.items()}
-        sources = {seed: stored["setup"]["source"] for seed, stored in json.items()}
-        first = next(iter(sources))
-        if others := [seed for seed, source in sources.items() if source != sources[first]]:
-            raise InputError(
-                f"seeds {first} and {others[0]} were made from different text (setup_complete.json, source); run stage 0 of one of them "
-                "again with --discard, and what follows from it"
-            )
-        rows = {
-            name: pd.concat([pd.DataFrame(read_rows(paths[name])).assign(seed=seed) for seed, paths in inputs.items()], ignore_index=True)
-            for name in ("evaluation_records", "hotflip_records", "uat_records", "baseline_metrics", "monotonic_metrics")
-        }
-        steps = pd.concat([rows[f"{arm}_metrics"].assign(arm=arm) for arm in ("baseline", "monotonic")], ignore_index=True)
-        flips = rows["hotflip_records"]
-        flips["rise"] = [nll[-1] - nll[0] for nll in flips["nll"]]
-        flips["random_rise"] = [np.mean(random) - nll[0] for random, nll in zip(flips["random_nll"], flips["nll"], strict=True)]
-        return cls(config, json, rows["evaluation_records"], flips, rows["uat_records"], steps)
+        _same_text({seed: stored["setup"]["source"] for seed, stored in json.items() if "setup" in stored})
+        benchmarks = _numeric(_rows("benchmark_records", inputs))
+        read = {name: _rows(name, inputs) for name in ("evaluation_records", "hotflip_records", "uat_records")}
+        steps = pd.concat([_rows(f"{arm}_metrics", inputs).assign(arm=arm) for arm in ARMS], ignore_index=True)
+        flips = with_rises(read["hotflip_records"], config.hotflip.flips)
+        return cls(config, json, read["evaluation_records"], flips, read["uat_records"], steps, benchmarks, inputs)
 
     @property
     def seeds(self) -> list[int]:
-        return list(self.json)
+        """Those of which there is anything."""
+        return [seed for seed, stored in self.json.items() if stored]
 
-    @property
-    def _resampling(self) -> dict[str, Any]:
-        return {"confidence": self.config.report.confidence, "draws": self.config.report.bootstrap_draws}
+    def stored(self, artefact: str) -> dict[int, Any]:
+        """A JSON artefact of every seed that has it."""
+        return {seed: stored[artefact] for seed, stored in self.json.items() if artefact in stored}
 
-    def interval_of(self, values: ArrayLike) -> Estimate:
-        """Mean of one value a text, with the report's interval."""
-        return mean(values, **self._resampling)
+    @cached_property
+    def models(self) -> list[str]:
+        """Models whose test loss was measured, in the order of the report."""
+        return _present(self.documents, "model", (*MODELS, *CONTROLS))
 
-    def nll(self, model: str, subset: str | None = None) -> Estimate:
-        """Nats per token of a model, seeds averaged by document."""
-        nats, tokens = self._document_nats(model, subset)
-        return weighted_mean(nats, tokens, **self._resampling)
+    @cached_property
+    def attacked(self) -> list[str]:
+        return _present(self.flips, "model", ATTACKED)
 
-    def nll_difference(self, model: str, other: str) -> Estimate:
-        """Nats per token, `model` minus `other`, paired by document."""
-        nats, tokens = self._document_nats(model)
-        return weighted_mean(nats - self._document_nats(other)[0], tokens, **self._resampling)
+    @cached_property
+    def triggered(self) -> list[str]:
+        return _present(self.triggers, "model", ATTACKED)
 
-    def _document_nats(self, model: str, subset: str | None = None) -> tuple[pd.Series, pd.Series]:
-        rows = self.documents[self.documents["model"] == model]
-        rows = rows if subset is None else rows[rows["subset"] == subset]
-        grouped = rows.groupby("document")[["nll", "tokens"]].mean()
-        return grouped["nll"], grouped["tokens"]
+    @cached_property
+    def subsets(self) -> list[str]:
+        return sorted(self.documents["subset"].unique())
 
-    def per_seed_ratio(self, model: str, other: str) -> dict[int, float]:
-        """Perplexity ratio within each seed."""
-        sums = self.documents.groupby(["seed", "model"])[["nll", "tokens"]].sum()
-        loss = sums["nll"] / sums["tokens"]
-        return {seed: perplexity(float(loss[seed, model] - loss[seed, other])) for seed in self.seeds}
+    def matrix(
+        self, rows: pd.DataFrame, unit: str, value: str, where: Mapping[str, Iterable[Any]], how: str | Callable[..., Any] = "mean"
+    ) -> pd.DataFrame:
+        """(S, n): one row a seed, one column a unit; only units that every seed has."""
+        for column, wanted in where.items():
+            rows = rows[rows[column].isin(list(wanted))]
+        return rows.groupby(["seed", unit])[value].agg(how).unstack(unit).dropna(axis=1)
 
-    def flip_rise(self, model: str, column: str = "rise") -> Estimate:
-        """Rise under HotFlip (or 'random_rise'), nats per untouched token, seeds averaged by text."""
-        return self.interval_of(self._by_text(self.flips, model, column))
-
-    def flip_difference(self) -> Estimate:
-        """HotFlip's rise, monotonic minus baseline, paired by text."""
-        return self.interval_of(self._by_text(self.flips, "monotonic", "rise") - self._by_text(self.flips, "baseline", "rise"))
-
-    def flip_success(self, model: str) -> float:
-        """Share of texts (over all seeds) whose rise exceeds the common threshold."""
-        rows = self.flips[self.flips["model"] == model]
-        return float((rows["rise"] > self.config.hotflip.threshold_nats).mean())
-
-    def flip_mcnemar(self) -> dict[int, dict[str, float | int]]:
-        """Exact test of success, baseline (first) against monotonic (second), for each seed."""
-        threshold, tests = self.config.hotflip.threshold_nats, {}
-        for seed in self.seeds:
-            rows = self.flips[self.flips["seed"] == seed]
-            wide = rows.pivot(index="text", columns="model", values="rise") > threshold
-            tests[seed] = mcnemar(wide["baseline"].tolist(), wide["monotonic"].tolist())
-        return tests
-
-    def reference_success(self, model: str) -> float:
-        """The reference's criterion: relative rise of the model's own loss over all tokens, flipped ones included."""
-        rows = self.flips[self.flips["model"] == model]
-        relative = rows["reference_attacked"] / rows["reference_clean"] - 1
-        return float((relative > self.config.hotflip.reference_threshold).mean())
-
-    def trigger_rise(self, model: str, trigger: str, zero: str = "clean") -> Estimate:
-        """Held-out rise of `model` under a trigger against another (no trigger by default), nats per token of the text."""
-        return self.interval_of(self._trigger_nll(model, trigger) - self._trigger_nll(model, zero))
-
-    def trigger_difference(self) -> Estimate:
-        """Rise under the own trigger, monotonic minus baseline. The unit is the search, one for each model and seed: two searches
-        on one model differ more than two texts do, so an interval over texts would claim what a repetition refutes."""
-        nll = self.triggers.groupby(["seed", "model", "trigger"])["nll"].mean()
-        rise = {model: [nll[seed, model, model] - nll[seed, model, "clean"] for seed in self.seeds] for model in ("baseline", "monotonic")}
-        return student_mean(np.subtract(rise["monotonic"], rise["baseline"]), self.config.report.confidence)
-
-    def _trigger_nll(self, model: str, trigger: str) -> pd.Series:
-        kinds = self.triggers["trigger"]
-        chosen = kinds.str.startswith("random_") if trigger == "random" else kinds == trigger
-        return self._by_text(self.triggers[chosen], model, "nll")
+    def mean(self, matrix: pd.DataFrame, unit: str, how: str, *sources: Source) -> Number:
+        """Mean over seeds and units, both resampled."""
+        report = self.config.report
+        estimate = resampling.mean(matrix.to_numpy(), report.confidence, report.bootstrap_draws)
+        return Number.of(estimate, unit, f"mean of {how}; {self.resampled(matrix)}", *sources)
 
     @staticmethod
-    def _by_text(rows: pd.DataFrame, model: str, column: str) -> pd.Series:
-        return rows[rows["model"] == model].groupby("text")[column].mean()
-
-    @cached_property
-    def certificates(self) -> dict[int, dict[str, Any]]:
-        return {seed: stored["monotonic_certificate"] for seed, stored in self.json.items()}
-
-    @cached_property
-    def perplexity_ratio(self) -> Estimate:
-        """Primary endpoint: monotonic over baseline, exp of the paired difference."""
-        return self.nll_difference("monotonic", "baseline").map(perplexity)
+    def resampled(matrix: pd.DataFrame) -> str:
+        seeds, units = matrix.shape
+        return f"bootstrap over {units} {matrix.columns.name}s" + (f" and {seeds} seeds" if seeds > 1 else "")
 
     @property
-    def non_inferior(self) -> bool | None:
-        """Whether the interval's upper bound of the loss difference is below the margin; None without an interval."""
-        high = self.nll_difference("monotonic", "baseline").high
-        return None if high is None else high < self.config.report.margin_nats
+    def traces(self) -> dict[str, list[str]]:
+        """Files of each artefact, relative to the folder of the run's work."""
+        found: dict[str, list[str]] = {}
+        for paths in self.files.values():
+            for name, path in paths.items():
+                found.setdefault(name, []).append(Path(*path.parts[-3:]).as_posix())
+        return found
+
+    @cached_property
+    def absent(self) -> list[str]:
+        """What the report does without, in words."""
+        names = list(dict.fromkeys(name for paths in self.files.values() for name in paths))
+        lines = []
+        for seed, paths in self.files.items():
+            if missing := [name for name in names if name not in paths]:
+                lines.append(f"seed {seed} has no {', '.join(missing)}: its stage is not complete; the other seeds are reported")
+        lines += [f"control {name} ({words}): no attack records" for name, words in CONTROLS.items() if name not in self.attacked]
+        kinds = set(self.flips["attack"]) if len(self.flips) else set()
+        lines += [f"attack {name}: no records" for name in ATTACKS if name not in kinds]
+        if self.benchmarks.empty:
+            lines.append("benchmarks: no records")
+        return lines
+
+
+def _rows(artefact: str, inputs: Mapping[int, Mapping[str, Path]]) -> pd.DataFrame:
+    frames = [pd.DataFrame(read_rows(paths[artefact])).assign(seed=seed) for seed, paths in inputs.items() if artefact in paths]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _numeric(benchmarks: pd.DataFrame) -> pd.DataFrame:
+    """Only items whose value is a number: a perplexity by word or byte is recorded as a pair, which has no mean over items."""
+    return benchmarks if benchmarks.empty else benchmarks[benchmarks["value"].map(lambda value: isinstance(value, (int, float)))]
+
+
+def with_rises(flips: pd.DataFrame, budget: int) -> pd.DataFrame:
+    """Add attack, found_on, clean, rise and random_rise to the rows of stage 6, and rows of the attack RANDOM.
+
+    Rows without `attack` are HotFlip's.
+    """
+    if flips.empty:
+        return flips
+    named = flips["attack"] if "attack" in flips else pd.Series("hotflip", flips.index)
+    parts = named.fillna("hotflip").str.partition(":")
+    drawn = flips["random_nll"] if "random_nll" in flips else pd.Series([None] * len(flips), flips.index)
+    clean = flips["nll"].map(lambda nll: nll[0])
+    searched = flips.assign(
+        attack=parts[0],
+        found_on=parts[2],
+        clean=clean,
+        rise=flips["nll"].map(lambda nll: nll[min(budget, len(nll) - 1)]) - clean,
+        random_rise=drawn.map(lambda each: float(np.mean(each)) if isinstance(each, list) and each else np.nan) - clean,
+    )
+    best = drawn.map(lambda each: float(np.max(each)) if isinstance(each, list) and each else np.nan) - clean
+    chance = searched[["seed", "model", "text", "subset", "clean"]].assign(attack=RANDOM, found_on="", rise=best)
+    return pd.concat([searched, chance[best.notna()]], ignore_index=True)
+
+
+def _present(rows: pd.DataFrame, column: str, order: Iterable[str]) -> list[str]:
+    there = set(rows[column]) if column in rows else set()
+    return [name for name in order if name in there] + sorted(there - set(order))
+
+
+def _same_text(sources: Mapping[int, Any]) -> None:
+    first = next(iter(sources))
+    if others := [seed for seed, source in sources.items() if source != sources[first]]:
+        raise InputError(
+            f"seeds {first} and {others[0]} were made from different text (setup_complete.json, source); run stage 0 of one of them "
+            "again with --discard, and what follows from it"
+        )

@@ -28,6 +28,10 @@ NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
 
 
+class MissingInput(InputError):
+    """A stage whose output is needed has not finished. A stage that sums up the seeds does without, if another seed has it."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage as a value.
@@ -155,37 +159,52 @@ def _work(stage: Stage, context: Context, where: str) -> int:
 def _gather(
     stage: Stage, config: Experiment, seed: int, pipeline: Sequence[Stage], folders: Folders
 ) -> tuple[dict[int, dict[str, Path]], dict[str, Any]]:
-    """Paths of all inputs, verified against their producers' manifests, and the identity of the work to do."""
+    """Paths of all inputs, verified against their producers' manifests, and the identity of the work to do.
+
+    A stage that sums up the seeds lacks what some of them have not made, and says so; what no seed has made is refused.
+    """
     seeds = (seed,) if stage.every_seed else config.seeds
-    inputs: dict[int, dict[str, Path]] = {}
+    inputs: dict[int, dict[str, Path]] = {one: {} for one in seeds}
     digests: dict[str, str] = {}
-    for one in seeds:
-        inputs[one] = {}
-        for name in stage.reads:
-            source = producer(pipeline, name)
-            origin = source.folder(folders, one)
-            again = f"run stage {source.number} ({source.name}, seed {one}) first"
-            done = manifest.completed(origin)
-            if done is None:
-                raise InputError(f"the input {name!r} is missing: {origin / source.writes[name]} is not complete; {again}")
-            if changed := manifest.differences(done["identity"]["config"], _chosen(source, config)):
-                raise InputError(
-                    f"the input {name!r} was made by another configuration in {origin}. Different (there -> asked for):\n    "
-                    + "\n    ".join(changed)
-                    + f"\n  Give this run another name (--run-name NAME), or {again.removesuffix(' first')} again with --discard."
-                )
-            if reason := _stale(source, done, one, pipeline, folders):
-                raise InputError(
-                    f"the input {name!r} in {origin} is out of date: {reason}; {again.removesuffix(' first')} again with --discard"
-                )
-            if fault := manifest.first_damage(origin, done, [name]):
-                raise InputError(f"the input {name!r} is damaged: {fault}; {again.removesuffix(' first')} again with --discard")
-            inputs[one][name] = origin / source.writes[name]
+    for name in stage.reads:
+        missing = {}
+        for one in seeds:
+            try:
+                done, path = _input(name, config, one, pipeline, folders)
+            except MissingInput as error:
+                missing[one] = error
+                continue
+            inputs[one][name] = path
             digests[_input_key(stage, name, one)] = manifest.digest_of(done, name)
+        if len(missing) == len(seeds):
+            raise missing[seeds[0]]
+        for one, reason in missing.items():
+            print(f"[stage {stage.number} {stage.name}] goes on without seed {one}: {reason}", flush=True)
     identity = {"stage": stage.label, "version": stage.version, "config": _chosen(stage, config), "inputs": digests}
     if stage.every_seed:
         identity["seed"] = seed
     return inputs, identity
+
+
+def _input(name: str, config: Experiment, seed: int, pipeline: Sequence[Stage], folders: Folders) -> tuple[dict[str, Any], Path]:
+    """The manifest of an input's producer and the input's path, verified. Raises MissingInput if the producer has not finished."""
+    source = producer(pipeline, name)
+    origin = source.folder(folders, seed)
+    again = f"run stage {source.number} ({source.name}, seed {seed}) first"
+    done = manifest.completed(origin)
+    if done is None:
+        raise MissingInput(f"the input {name!r} is missing: {origin / source.writes[name]} is not complete; {again}")
+    if changed := manifest.differences(done["identity"]["config"], _chosen(source, config)):
+        raise InputError(
+            f"the input {name!r} was made by another configuration in {origin}. Different (there -> asked for):\n    "
+            + "\n    ".join(changed)
+            + f"\n  Give this run another name (--run-name NAME), or {again.removesuffix(' first')} again with --discard."
+        )
+    if reason := _stale(source, done, seed, pipeline, folders):
+        raise InputError(f"the input {name!r} in {origin} is out of date: {reason}; {again.removesuffix(' first')} again with --discard")
+    if fault := manifest.first_damage(origin, done, [name]):
+        raise InputError(f"the input {name!r} is damaged: {fault}; {again.removesuffix(' first')} again with --discard")
+    return done, origin / source.writes[name]
 
 
 def _stale(stage: Stage, done: Mapping[str, Any], seed: int, pipeline: Sequence[Stage], folders: Folders) -> str | None:

@@ -15,7 +15,7 @@ from utils.run.errors import InputError
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = ROOT / "jobs" / "environment.sh"
 PROJECT = ROOT / "pyproject.toml"
-MODULES = {"PyYAML": "yaml", "pytest-xdist": "xdist"}  # other packages are imported under their own name
+MODULES = {"PyYAML": "yaml", "pytest-xdist": "xdist", "Jinja2": "jinja2"}  # other packages are imported under their own name
 
 
 def packages() -> Finding:

@@ -49,6 +49,7 @@ class Study:
         }
         steps = pd.concat([rows[f"{arm}_metrics"].assign(arm=arm) for arm in ("baseline", "monotonic")], ignore_index=True)
         flips = rows["hotflip_records"]
+        flips = flips[flips["attack"] == "hotflip"].reset_index(drop=True)
         flips["rise"] = [nll[-1] - nll[0] for nll in flips["nll"]]
         flips["random_rise"] = [np.mean(random) - nll[0] for random, nll in zip(flips["random_nll"], flips["nll"], strict=True)]
         return cls(config, json, rows["evaluation_records"], flips, rows["uat_records"], steps)

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from configs.schema import HotFlip
 from tests.tiny_models import VOCABULARY, Planted, blind_model, deaf_model, random_ids, random_model, slow_nll
+from utils.attacks.controls import random_contexts
 from utils.attacks.flip_records import random_control
-from utils.attacks.hotflip import WIDER, Attack, FlipSearch, rank_correlation, replay
+from utils.attacks.hotflip import REPLACED, WIDER, Attack, FlipSearch, rank_correlation, replay
 from utils.attacks.scoring import Scorer, allowed_tokens, first_order_candidates
 from utils.data.attack_texts import Alphabet
 
@@ -74,8 +75,8 @@ def test_a_spent_weakness_ends_the_attack() -> None:
     (attack,) = attacked(planted.model, planted.texts(1, PREFIX, SCORED), flips=4)
     assert (len(attack.flips), attack.wider_rounds, attack.stuck) == (1, 1, True)
     assert attack.curve(4) == pytest.approx([planted.nll(0)] + 4 * [planted.nll(1)], abs=1e-4)
-    assert (attack.forwards, attack.backwards) == (1 + 6 + 6 + 6 * WIDER, 2)
-    assert attack.flips[0]["predicted"] == pytest.approx(planted.strength * (1 - 1 / VOCABULARY), rel=1e-4)
+    assert (attack.forwards, attack.backwards) == (1 + 6 + 6 + 6 * WIDER, 2 * 4)
+    assert attack.flips[0]["predicted"] == pytest.approx(planted.strength * (1 - 1 / VOCABULARY), rel=0.02)
 
 
 def test_a_deaf_model_is_not_attacked() -> None:
@@ -149,19 +150,20 @@ def test_random_control_scores_the_drawn_texts(model: PreTrainedModel) -> None:
 def test_batching_does_not_change_an_attack(model: PreTrainedModel) -> None:
     ids = random_ids(4, PREFIX + SCORED, seed=4)
     together = attacked(model, ids)
-    alone = [attacked(model, row[None])[0] for row in ids]
+    search = FlipSearch(Scorer(model, "fp32"), spec(), ALLOWED)
+    alone = [search.run(row[None], [f"attack-{number}"])[0] for number, row in enumerate(ids)]
     assert torch.equal(final(ids, together), final(ids, alone))
 
 
 def test_both_arms_get_the_same_budget() -> None:
-    """Texts x (1 clean + flips x candidates) forwards and texts x flips backwards, whatever the model."""
+    """Texts x (1 clean + flips x candidates) forwards and texts x flips x gradients backwards, whatever the model."""
     ids, spent = random_ids(3, PREFIX + SCORED, seed=2), []
     for seed in (0, 1):
         scorer = Scorer(random_model(seed), "fp32")
         attacks = run(scorer, ids, spec())
         assert not any(attack.stuck for attack in attacks)
         spent.append((scorer.forwards, scorer.backwards))
-    assert spent == [(3 * (1 + 3 * 6), 3 * 3)] * 2
+    assert spent == [(3 * (1 + 3 * 6), 3 * 3 * 4)] * 2
 
 
 def test_without_a_gradient_none_is_taken(model: PreTrainedModel) -> None:
@@ -189,7 +191,7 @@ def test_a_search_without_gradient_finds_what_brute_force_finds(model: PreTraine
 def test_what_the_gradient_foretells_is_recorded(model: PreTrainedModel) -> None:
     """Predicted gain and rank correlation of the first flip, again by hand from gradient and exact scores."""
     ids, scorer = random_ids(1, PREFIX + SCORED, seed=5), Scorer(model, "fp32")
-    (attack,) = run(scorer, ids, spec(candidates=12))
+    (attack,) = run(scorer, ids, spec(candidates=12, gradients=1))
     slope = scorer.gradient(ids, SCORED, slice(1, 1 + PREFIX))[0]
     edits = first_order_candidates(scorer, slope, ids[0, 1 : 1 + PREFIX], ALLOWED, 12).tolist()
     table = scorer.embeddings
@@ -200,6 +202,22 @@ def test_what_the_gradient_foretells_is_recorded(model: PreTrainedModel) -> None
     assert flip["rank_correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
     assert flip["predicted"] == pytest.approx(predicted[int(np.argmax(true))], rel=1e-4)
     assert attack.zero_gradient == 0.0
+
+
+def test_gradients_are_averaged_over_random_contexts(model: PreTrainedModel) -> None:
+    """Drawn for the text and the flip: the first flip's candidates by hand. Places that are not replaced keep their tokens."""
+    ids, scorer = random_ids(1, PREFIX + SCORED, seed=5), Scorer(model, "fp32")
+    written = random_contexts(0, ("context", "attack-0", 0), 3, PREFIX, REPLACED, np.arange(1, VOCABULARY))
+    copies = ids.repeat(4, 1)
+    for copy_, row in zip(copies[1:], written.tolist(), strict=True):
+        for place, token in enumerate(row):
+            copy_[1 + place] = token if token >= 0 else ids[0, 1 + place]
+    slope = scorer.gradient(copies, SCORED, slice(1, 1 + PREFIX)).mean(dim=0)
+    edits = first_order_candidates(scorer, slope, ids[0, 1 : 1 + PREFIX], ALLOWED, 6)
+    scores = scorer.edited_nll(ids, torch.zeros(6, dtype=torch.long), 1 + edits[:, :1], edits[:, 1:], SCORED)
+    (attack,) = run(scorer, ids, spec(flips=1))
+    assert [attack.flips[0]["position"], attack.flips[0]["new"]] == edits[int(scores.argmax())].tolist()
+    assert 0.3 < float((written >= 0).mean()) < 0.9
 
 
 def test_rank_correlation_of_nothing_is_unknown() -> None:

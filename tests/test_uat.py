@@ -17,7 +17,7 @@ from tests.tiny_models import VOCABULARY, Planted, blind_model, deaf_model, rand
 from utils.attacks.controls import random_trigger
 from utils.attacks.round_trip import RoundTrip
 from utils.attacks.scoring import Scorer, allowed_tokens
-from utils.attacks.uat import TriggerSearch, rungs, surviving_share, with_trigger
+from utils.attacks.uat import TriggerSearch, surviving_share, with_trigger
 from utils.data.tokenizer import train_tokenizer
 from utils.run import artifacts
 
@@ -170,14 +170,14 @@ def test_killed_before_the_state_was_written(model: PreTrainedModel, tmp_path: P
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_all_searches_cost_the_same(tmp_path: Path, share: float) -> None:
-    """To the last sequence, also on a model that cannot be improved: a restart's start and selection, at each position the race, and a
-    gradient for each text and trigger of the beam, which has one at the first position and two from then on."""
-    raced = {0.5: 6 * 1 + 3 * 1 + 2 * 2, 1.0: 6 * 4}[share]  # on 1, 2 and 4 texts; on all 4 at once
-    positions = 3 * LENGTH
+    """To the last sequence, also on a model that cannot be improved: a restart's start and selection; at each position the race and, but
+    for the search without them, gradients for each text and trigger of the beam, which has one at the first position, then two."""
+    raced = {0.5: 6 * 4 + 3 * 4 + 2 * 8, 1.0: 6 * 16}[share]
+    positions, batch = 2 * LENGTH, texts(16, 0)
     for name, model in {"one": random_model(0), "other": random_model(1), "deaf": deaf_model()}.items():
-        found = searched(model, tmp_path / f"{name}.json", race_share=share, trigger_length=LENGTH)
-        assert found["forwards"] == 3 * (4 + 3 + positions * raced)
-        assert found["backwards"] == 2 * 4 * (1 + 2 * (positions - 1))
+        found = searched(model, tmp_path / f"{name}.json", batch, race_share=share, sweeps=2)
+        assert found["forwards"] == 3 * (16 + 16 + positions * raced)
+        assert found["backwards"] == 2 * 16 * 2 * (1 + 2 * (positions - 1))
         assert found["evaluations"] == 3 * positions * 6
 
 
@@ -189,13 +189,6 @@ def test_both_arms_start_from_the_same_triggers(tmp_path: Path) -> None:
     assert triggers[0][0] != triggers[0][1]
     assert arms[0]["query_greedy"]["trigger"] == triggers[0][0]
     assert arms[0]["search_nll"] != arms[1]["search_nll"]
-
-
-def test_rungs() -> None:
-    assert rungs(64, 0.25) == [4, 16, 64]
-    assert rungs(16, 0.5) == [4, 8, 16]
-    assert rungs(3, 0.5) == [1, 2, 3]
-    assert rungs(32, 1.0) == [32]
 
 
 def test_a_race_ends_with_exact_losses_on_all_texts(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -37,6 +37,14 @@ def random_substitutions(
     return np.stack([places, allowed[ranks + (ranks >= np.searchsorted(allowed, current[places]))]], axis=1)
 
 
+def random_contexts(
+    seed: int, key: tuple[str | int, ...], copies: int, places: int, share: float, allowed: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(copies, places) of tokens to write, each place with the probability `share`; -1 where the token stays."""
+    random = _generator(seed, *key)
+    return np.where(random.random((copies, places)) < share, random.choice(allowed, (copies, places)), -1)
+
+
 def random_order(seed: int, key: tuple[str | int, ...], count: int) -> NDArray[np.int64]:
     """A permutation of `count` items."""
     return _generator(seed, *key).permutation(count)

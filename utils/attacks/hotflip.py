@@ -20,10 +20,11 @@ from scipy import stats
 from torch import Tensor
 
 from configs.schema import HotFlip
-from utils.attacks.controls import random_substitutions
+from utils.attacks.controls import random_contexts, random_substitutions
 from utils.attacks.round_trip import RoundTrip, first_kept
 from utils.attacks.scoring import ADMITTED, Scorer, first_order_candidates
 
+REPLACED = 0.6  # share of the prefix tokens that are random in the further gradients
 WIDER = 4  # times the candidates, once, for a text that finds no gain among the first ones
 
 
@@ -127,14 +128,41 @@ class FlipSearch:
             target.attack.stuck = True
 
     def _by_gradient(self, targets: Sequence[Target]) -> list[Ranking]:
-        """First-order gains, from one gradient for each text."""
+        """First-order gains by a gradient averaged over the text and copies of it with random tokens in the prefix.
+
+        The gradient at the text alone foretells little of what a whole substitution does (Jones et al. 2023, arXiv 2303.04381, average
+        it over random tokens at the place in question; here all places at once share the draws).
+        """
         texts = torch.stack([target.ids for target in targets])
-        slopes = self.scorer.gradient(texts, self.spec.scored_tokens, slice(1, 1 + self.spec.prefix_tokens))
+        around = self._slopes(self._contexts(targets, texts).flatten(0, 1)).view(len(targets), self.spec.gradients - 1, *self._shape)
+        slopes = self._slopes(texts)
         for target, slope in zip(targets, slopes, strict=True):
-            target.attack.backwards += 1
+            target.attack.backwards += self.spec.gradients
             if target.attack.zero_gradient is None:
                 target.attack.zero_gradient = float((slope == 0).all(dim=1).double().mean())
-        return [self._first_order(target, slope) for target, slope in zip(targets, slopes, strict=True)]
+        averaged = (slopes + around.sum(dim=1)) / self.spec.gradients
+        return [self._first_order(target, slope) for target, slope in zip(targets, averaged, strict=True)]
+
+    def _slopes(self, ids: Tensor) -> Tensor:
+        """ids (N, T) -> (N, E, d)."""
+        if not len(ids):
+            return torch.empty(0, *self._shape, device=ids.device)
+        return self.scorer.gradient(ids, self.spec.scored_tokens, slice(1, 1 + self.spec.prefix_tokens))
+
+    def _contexts(self, targets: Sequence[Target], texts: Tensor) -> Tensor:
+        """texts (B, T) -> (B, gradients - 1, T): copies with random tokens, drawn for the text and the flip, not for the model."""
+        places, copies = self.spec.prefix_tokens, self.spec.gradients - 1
+        keys = [("context", target.name, len(target.attack.flips)) for target in targets]
+        drawn = np.stack([random_contexts(self.spec.seed, key, copies, places, REPLACED, self.tokens) for key in keys])
+        written = torch.from_numpy(drawn).to(texts.device)
+        changed = texts[:, None].repeat(1, copies, 1)
+        prefix = changed[:, :, 1 : 1 + places]
+        changed[:, :, 1 : 1 + places] = torch.where(written < 0, prefix, written)
+        return changed
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.spec.prefix_tokens, self.scorer.embeddings.shape[1]
 
     def _first_order(self, target: Target, slope: Tensor) -> Ranking:
         """A place is flipped once, so that k flips change k tokens; slope (E, d)."""

@@ -1,16 +1,15 @@
 """Universal adversarial trigger: one token sequence that, put before any text, raises the loss of that text.
 
 Wallace et al. 2019 (arXiv 1908.07125), coordinate-wise with a beam: the gradient proposes replacements for one position, exact
-re-scoring chooses, only an improvement is accepted. Candidates are raced by successive halving (Karnin et al. 2013, Jamieson and
-Talwalkar 2016): all on a few texts, the best of them on more, the final choice on all search texts. Restarts are chosen on a second
-set of texts, and the report is on a third. The trigger's own tokens are never scored.
+re-scoring chooses, only an improvement is accepted. Candidates are raced: all are scored on a few texts, the better ones on more, and
+the final choice is on all search texts. Restarts are chosen on a second set of texts, and the report is on a third. The trigger's own
+tokens are never scored.
 
 K candidates, M texts, L tokens of the trigger, S of a text, W triggers of the beam, d width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 
 from configs.schema import UAT
-from utils.attacks.controls import random_order, random_substitutions, random_trigger
+from utils.attacks.controls import random_contexts, random_order, random_substitutions, random_trigger
+from utils.attacks.race import race
 from utils.attacks.round_trip import RoundTrip, first_kept
 from utils.attacks.scoring import ADMITTED, Scorer, first_order_candidates
 from utils.run.artifacts import read_json, write_json
@@ -124,7 +124,7 @@ class TriggerSearch:
         state.evaluations += len(proposed)
         if not proposed:
             return
-        found = self._race(state, proposed, search)
+        found = self._raced(state, proposed, search)
         best = state.beam[0]
         ranked = sorted([*state.beam, *found], key=lambda each: each["objective"], reverse=True)
         if ranked[0]["objective"] > best["objective"] + ADMITTED:
@@ -157,18 +157,26 @@ class TriggerSearch:
         return (state.stale + (DEEPER if self.round_trip else 1)) * self.spec.candidates + self.spec.beam
 
     def _by_gradient(self, state: SearchState, search: Tensor) -> list[tuple[int, int]]:
-        """By predicted objective: the old one and the first-order gain, from the gradient averaged over the search texts."""
+        """By predicted objective: the old one and the first-order gain of the averaged gradient."""
         place, ranked = state.position, []
         for entry, each in enumerate(state.beam):
-            ids = with_trigger(self.end_of_text, each["trigger"], search)
-            slope = self.scorer.gradient(ids, search.shape[1], slice(1 + place, 2 + place)).mean(dim=0)  # (1, d)
-            current = ids[0, 1 + place : 2 + place]
+            slope = self._slope(state, each["trigger"], search)
+            current = search.new_tensor(each["trigger"][place : place + 1])
             tokens = first_order_candidates(self.scorer, slope, current, self.allowed[None], self._pool(state))[:, 1]
             gains = (self.scorer.embeddings[tokens] - self.scorer.embeddings[current]) @ slope[0]
             found = zip(tokens.tolist(), gains.tolist(), strict=True)
             ranked += [(each["objective"] + gain, entry, token) for token, gain in found]
         ranked.sort(key=lambda found: found[0], reverse=True)
         return [(entry, token) for _, entry, token in ranked]
+
+    def _slope(self, state: SearchState, trigger: Sequence[int], search: Tensor) -> Tensor:
+        """(1, d) averaged over the search texts, behind the trigger as it is and with random tokens in the present one's place, another
+        one for each text (Jones et al. 2023, arXiv 2303.04381); drawn for the step, not for the model."""
+        place = 1 + state.position
+        ids = with_trigger(self.end_of_text, trigger, search).repeat(self.spec.gradients, 1)
+        drawn = random_contexts(self.spec.seed, ("context", state.restart, state.sweep, place), len(ids), 1, 1.0, self.tokens)
+        ids[len(search) :, place] = torch.from_numpy(drawn[len(search) :, 0]).to(ids.device)
+        return self.scorer.gradient(ids, search.shape[1], slice(place, place + 1)).mean(dim=0)
 
     def _by_chance(self, state: SearchState) -> Iterator[tuple[int, int]]:
         """Random tokens for the triggers of the beam in turn, drawn for the sweep and the position, not for the model."""
@@ -180,29 +188,15 @@ class TriggerSearch:
             drawn.append([(entry, token) for token in pairs[:, 1].tolist()])
         return (pair for turn in zip_longest(*drawn) for pair in turn if pair is not None)
 
-    def _race(self, state: SearchState, proposed: Sequence[tuple[int, int]], search: Tensor) -> Beam:
-        """Score all candidates on a few texts, drawn for this step, and ever fewer on ever more; returns those that reach all texts."""
-        order = random_order(self.spec.seed, ("race", state.restart, state.sweep, state.position), len(search)).tolist()
-        bases = torch.stack([with_trigger(self.end_of_text, each["trigger"], search) for each in state.beam])  # (W, M, 1 + L + S)
-        entries, tokens = torch.tensor(proposed, device=search.device).T
-        alive, done = torch.arange(len(proposed), device=search.device), 0
-        losses = torch.zeros(len(proposed), len(search), dtype=torch.float64, device=search.device)
-        for count in rungs(len(search), self.spec.race_share):
-            columns = torch.tensor(order[done:count], device=search.device)
-            which = (entries[alive, None] * len(search) + columns).flatten()
-            written = tokens[alive].repeat_interleave(len(columns))[:, None]
-            places = torch.full_like(written, 1 + state.position)
-            nll = self.scorer.edited_nll(bases.flatten(0, 1), which, places, written, search.shape[1])
-            losses[alive[:, None], columns] = nll.view(len(alive), -1).double()
-            done = count
-            if count < len(search):
-                seen = losses[alive][:, order[:count]].mean(dim=1)
-                alive = alive[seen.topk(min(len(alive), max(self.spec.beam, math.ceil(len(alive) * self.spec.race_share)))).indices]
-        objectives = losses[alive].mean(dim=1).tolist()
-        return [
-            {"trigger": self._written(state, *proposed[row]), "objective": objective}
-            for row, objective in zip(alive.tolist(), objectives, strict=True)
-        ]
+    def _raced(self, state: SearchState, proposed: Sequence[tuple[int, int]], search: Tensor) -> Beam:
+        """The candidates that reach all texts, whose order is drawn for this step."""
+        order = random_order(self.spec.seed, ("race", state.restart, state.sweep, state.position), len(search))
+        texts = with_trigger(self.end_of_text, state.beam[0]["trigger"], search[torch.from_numpy(order).to(search.device)])
+        tokens = torch.tensor([self._written(state, *each) for each in proposed], device=search.device)  # (K, L)
+        places = torch.arange(1, 1 + tokens.shape[1], device=search.device).expand_as(tokens)
+        numbers, nll = race(self.scorer, texts, places, tokens, search.shape[1], self.spec.race_share, self.spec.beam)
+        found = zip(tokens[numbers].tolist(), nll.tolist(), strict=True)
+        return [{"trigger": trigger, "objective": objective} for trigger, objective in found]
 
     def _written(self, state: SearchState, entry: int, token: int) -> list[int]:
         trigger = list(state.beam[entry]["trigger"])
@@ -222,11 +216,6 @@ class TriggerSearch:
         state.stale = 0 if state.improved else state.stale + 1
         state.sweep, state.position, state.improved = state.sweep + 1, 0, False
         return state.sweep >= self.spec.sweeps
-
-
-def rungs(texts: int, share: float) -> list[int]:
-    """Numbers of texts on which candidates are raced: share squared and share of them, and all."""
-    return sorted({math.ceil(texts * share**power) for power in (2, 1, 0)})
 
 
 def surviving_share(round_trip: RoundTrip, trigger: Sequence[int], texts: Sequence[Sequence[int]]) -> float:

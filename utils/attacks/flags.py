@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-ENOUGH = 0.05  # share of the rise that a longer search, or the last edit of the present one, may add
+ENOUGH = 0.05  # share of the rise that a longer search, the last edit of the present one, or another model's edits may add
 ZERO = 0.05  # share of gradients that may be exactly zero
 CORRELATION = 0.1  # Spearman's, of foretold and true gain, below which the gradient says next to nothing
 COSINE = 0.9  # of the gradients in bf16 and fp32
@@ -24,7 +24,10 @@ def flip_flags(results: Mapping[str, Facts], controls: Mapping[str, Facts], tran
     flags = [
         f"{model}: {words}"
         for model, facts in controls.items()
-        for words in (*_flip_flags(results[model], facts), *_transferred(results[model]["avg_degradation"], transfer[model], "flips"))
+        for words in (
+            *_flip_flags(results[model], facts),
+            *_transferred(model, results[model]["avg_degradation"], transfer[model], "flips"),
+        )
     ]
     return [*flags, *_unequal(budget["by_model"])]
 
@@ -57,11 +60,11 @@ def _flip_flags(own: Facts, facts: Facts) -> Iterator[str]:
 
 def trigger_flags(results: Mapping[str, Facts], controls: Mapping[str, Facts], transfer: Mapping[str, Facts], budget: Facts) -> list[str]:
     """Sentences about the universal triggers, by model, from the parts of uat_results.json."""
-    flags = [
-        f"{model}: {words}"
-        for model, facts in controls.items()
-        for words in (*_trigger_flags(results[model], facts), *_transferred(results[model]["nll_increase"], transfer[model], "trigger"))
-    ]
+    flags = []
+    for model, facts in controls.items():
+        own = results[model]
+        signs = (*_trigger_flags(own, facts), *_transferred(model, own["nll_increase"], transfer[model], "trigger"))
+        flags += [f"{model}: {words}" for words in signs]
     return [*flags, *_unequal(budget["by_model"])]
 
 
@@ -81,10 +84,10 @@ def _trigger_flags(own: Facts, facts: Facts) -> Iterator[str]:
         )
 
 
-def _transferred(rise: float, found: Facts, what: str) -> Iterator[str]:
+def _transferred(own: str, rise: float, found: Facts, what: str) -> Iterator[str]:
     for source, other in found.items():
-        if other > rise:
-            yield f"the {what} of {source} raise its loss by {other:.3f} nats, its own by {rise:.3f}; the search on it is weak"
+        if other > (1 + ENOUGH) * rise and source != own:
+            yield f"the {what} found on {source} raised its loss by {other:.3f} nats, its own by {rise:.3f}; the search on it is weak"
 
 
 def _unequal(spent: Mapping[str, Mapping[str, int]]) -> Iterator[str]:

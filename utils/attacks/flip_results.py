@@ -145,7 +145,7 @@ def flip_results(rows: Mapping[str, ByAttack], spec: HotFlip) -> dict[str, Any]:
     doubts = {label[model]: controls(mine) for model, mine in rows.items()}
     transfer = {
         label[model]: {
-            label[attack.removeprefix("transfer:")]: float(rises(found).mean())
+            f"{attack.removeprefix('transfer:')}_pythia": float(rises(found).mean())
             for attack, found in mine.items()
             if attack.startswith("transfer:")
         }

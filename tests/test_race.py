@@ -13,8 +13,8 @@ SCORED, COUNT = 6, 24
 
 
 def edits() -> tuple[torch.Tensor, torch.Tensor]:
-    """One random token each at place 2."""
-    tokens = torch.randint(1, VOCABULARY, (COUNT, 1), generator=torch.Generator().manual_seed(0))
+    """A token each at place 2, in no order."""
+    tokens = 1 + torch.randperm(VOCABULARY - 1, generator=torch.Generator().manual_seed(0))[:COUNT, None]
     return torch.full_like(tokens, 2), tokens
 
 
@@ -43,9 +43,8 @@ def test_keeping_all_is_scoring_all() -> None:
 def test_a_weakness_on_which_all_texts_agree_wins() -> None:
     planted = Planted({1: 11})
     places, tokens = edits()
-    tokens[17] = 11
     numbers, nll = race(Scorer(planted.model, "fp32"), planted.texts(16, 4, SCORED), places, tokens, SCORED, 0.25)
-    assert int(numbers[0]) == 17 or int(tokens[numbers[0]]) == 11
+    assert int(tokens[numbers[0]]) == 11
     assert float(nll[0]) == pytest.approx(planted.nll(1), abs=1e-4)
 
 

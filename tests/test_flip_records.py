@@ -84,7 +84,7 @@ def test_other_attacks_have_what_makes_sense_for_them(model: PreTrainedModel, tm
 def test_transferred_flips_are_replayed_as_ids(model: PreTrainedModel, tmp_path: Path) -> None:
     other = random_model(1)
     rows = attacks(model, tmp_path).hotflip(TEXTS)
-    moved = attacks(other, tmp_path, name="other").transfer("base", rows, TEXTS)
+    moved = attacks(other, tmp_path, name="other").transferred({"base": rows, "other": []}, TEXTS)["transfer:base"]
     for row, source, text in zip(moved, rows, TEXTS, strict=True):
         assert (row["model"], row["attack"], row["text"]) == ("other", "transfer:base", text["id"])
         assert row["nll"] == pytest.approx(
@@ -93,16 +93,17 @@ def test_transferred_flips_are_replayed_as_ids(model: PreTrainedModel, tmp_path:
         assert not {"flips", "forwards", "random_nll"} & set(row)
 
 
-def test_transfer_to_itself_is_the_attack(model: PreTrainedModel, tmp_path: Path) -> None:
-    on = attacks(model, tmp_path)
-    rows = on.hotflip(TEXTS)
-    assert [row["nll"] for row in on.transfer("base", rows, TEXTS)] == [row["nll"] for row in rows]
+def test_transfer_to_the_same_weights_is_the_attack(model: PreTrainedModel, tmp_path: Path) -> None:
+    rows = attacks(model, tmp_path).hotflip(TEXTS)
+    moved = attacks(model, tmp_path, name="twin").transferred({"base": rows, "twin": rows}, TEXTS)
+    assert list(moved) == ["transfer:base"]
+    assert [row["nll"] for row in moved["transfer:base"]] == [row["nll"] for row in rows]
 
 
 def test_a_deaf_model_shows_exactly_nothing(model: PreTrainedModel, tmp_path: Path) -> None:
     on = attacks(deaf_model(), tmp_path)
     flips = attacks(model, tmp_path, name="other").hotflip(TEXTS)
-    for row in (*on.hotflip(TEXTS), *on.query_greedy(TEXTS), *on.longer(TEXTS), *on.transfer("other", flips, TEXTS)):
+    for row in (*on.hotflip(TEXTS), *on.query_greedy(TEXTS), *on.longer(TEXTS), *on.transferred({"other": flips}, TEXTS)["transfer:other"]):
         assert set(row["nll"]) == {row["nll"][0]}
         assert row.get("stuck", True)
     facts = on.hotflip(TEXTS)[0]

@@ -5,7 +5,8 @@ B texts, T tokens of each with end-of-text, K flips.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,17 @@ class FlipAttacks:
         spec = self.spec.model_copy(update={"candidates": LONGER * self.spec.candidates})
         return self._searched("longer", spec, True, texts[: spec.longer_texts])
 
-    def transfer(self, source: str, rows: Sequence[Row], texts: Sequence[Row]) -> list[Row]:
-        """The flips that HotFlip found on another model, as ids, on this one."""
-        flips = {row["text"]: row["flips"] for row in rows}
+    def transferred(self, found: Mapping[str, Sequence[Row]], texts: Sequence[Row]) -> dict[str, list[Row]]:
+        """{attack: rows} of the flips that HotFlip found on other models {name: rows}, as ids, on this one."""
+        others, rows = {source: own for source, own in found.items() if source != self.name}, {}
+        progress = Progress(f"flips of other models on {self.name}", len(others))
+        for source, own in others.items():
+            rows[f"transfer:{source}"] = self._transferred(source, {row["text"]: row["flips"] for row in own}, texts)
+            progress.advance()
+        progress.close()
+        return rows
 
+    def _transferred(self, source: str, flips: Mapping[str, list[dict[str, Any]]], texts: Sequence[Row]) -> list[Row]:
         def work(group: Sequence[Row], ids: Tensor) -> list[Row]:
             return self._scored(group, ids, [flips[text["id"]] for text in group])
 
@@ -96,7 +104,10 @@ class FlipAttacks:
             found = zip(scored, attacks, kept, group, ids, strict=True)
             return [row | _work(each) | {"survives_retokenisation": good} | further(text, own) for row, each, good, text, own in found]
 
-        return self._recorded(attack, texts, work)
+        progress = Progress(f"{attack} on {self.name}", math.ceil(len(texts) / spec.batch_size))
+        rows = self._recorded(attack, texts, work, progress.advance)
+        progress.close()
+        return rows
 
     def _run(self, search: FlipSearch, group: Sequence[Row], ids: Tensor, path: Path) -> list[Attack]:
         """The attacks of a group of texts, stored after every flip."""
@@ -110,20 +121,22 @@ class FlipAttacks:
 
         return search.run(ids, names, begun, after_flip)
 
-    def _recorded(self, attack: str, texts: Sequence[Row], work: Callable[[Sequence[Row], Tensor], list[Row]]) -> list[Row]:
+    def _recorded(
+        self,
+        attack: str,
+        texts: Sequence[Row],
+        work: Callable[[Sequence[Row], Tensor], list[Row]],
+        advance: Callable[[], None] = lambda: None,
+    ) -> list[Row]:
         """Rows of all texts, a batch at a time, with resume."""
-        path = self.state / f"{self.name}.{attack.replace(':', '.')}.jsonl"
-        records, groups = Records(path), grouped(texts, self.spec.batch_size)
-        pending = list(records.pending(groups))
-        progress = Progress(f"{attack} on {self.name}", len(groups), len(groups) - len(pending))
-        for group in pending:
+        records = Records(self.state / f"{self.name}.{attack.replace(':', '.')}.jsonl")
+        for group in records.pending(grouped(texts, self.spec.batch_size)):
             self.stop.check()
             ids = torch.tensor([[self.end_of_text, *text["ids"]] for text in group], device=self.scorer.device)
             whose = [{"model": self.name, "attack": attack, "text": text["id"], "subset": text["subset"]} for text in group]
             records.append(own | found for own, found in zip(whose, work(group, ids), strict=True))
-            progress.advance()
-        progress.close()
-        return read_rows(path)
+            advance()
+        return read_rows(records.path)
 
     def _scored(self, group: Sequence[Row], ids: Tensor, flips: Sequence[list[dict[str, Any]]]) -> list[Row]:
         """Losses after every flip, and over all tokens, flipped ones included, as the reference scores them; ids (B, T)."""

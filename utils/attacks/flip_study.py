@@ -46,9 +46,9 @@ def attack_stored(
     for name in folders:
         on = attacks(name)
         rows[name] = {"hotflip": on.hotflip(own), "query_greedy": on.query_greedy(own), "longer": on.longer(own)}
+    found = {name: mine["hotflip"] for name, mine in rows.items()}
     for name in folders:
-        on = attacks(name)
-        rows[name] |= {f"transfer:{source}": on.transfer(source, rows[source]["hotflip"], own) for source in folders if source != name}
+        rows[name] |= attacks(name).transferred(found, own)
     write_rows(records, (row for mine in rows.values() for found in mine.values() for row in found))
     attack = {"num_flips": spec.flips, "num_samples": spec.texts, "success_threshold": spec.threshold_nats}
     return {"seed": seed, "attack_config": attack | spec.model_dump(mode="json"), "matched": matched, **flip_results(rows, spec)}

@@ -195,6 +195,11 @@ class Monotone(Section):
     )
     recentre: bool = Field(True, description="correct the biases so that mean activations equal the base model's (not from start=base)")
     calibration_sequences: Positive = Field(16, description="training sequences for means, least squares and directions")
+    layerwise_share: Share = Field(
+        0.0,
+        description="share of the steps, from the first, in which each sublayer alone imitates the base model's on the base's inputs; the "
+        "baseline trains in these steps as in all others",
+    )
     anneal_share: Rate = Field(0.4, description="share of the steps until the bound of `annealed` has arrived at the constraint")
     norm_gain: Literal["free", "positive", "fold"] = Field(
         description="gain of the norm in front of each sublayer: free; kept non-negative; or folded into W and frozen at one (default of "
@@ -263,6 +268,7 @@ class Training(Section):
     )
     warmup_share: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
     final_share: Share = Field(0.1, description="learning rate at the end of the cosine, as a share of the peak")
+    rate_outside_ffn: Share = Field(1.0, description="learning rate of everything but the feed-forward sublayers, as a share of theirs")
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.01, description="decoupled; on unconstrained matrices only")
     beta2: Rate = Field(0.95, description="second moment's decay of AdamW")
     max_gradient_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="global clipping threshold")
@@ -414,6 +420,11 @@ class Experiment(Section):
             raise ValueError(
                 f"compute.parallel='fsdp2' cuts matrices, which monotone.order={self.monotone.order!r} and monotone.parametrisation="
                 f"{self.monotone.parametrisation!r} need whole; expected compute.parallel='ddp'"
+            )
+        if self.compute.parallel != "none" and self.monotone.layerwise_share:
+            raise ValueError(
+                f"monotone.layerwise_share={self.monotone.layerwise_share:g} with compute.parallel={self.compute.parallel!r}: the "
+                "layer-wise warm-up runs in one process; expected 0 or compute.parallel='none'"
             )
         scratch = self.model.scratch
         if scratch:

@@ -70,6 +70,7 @@ def together(parallel: str, act: Callable[[World], None], size: int = 2) -> None
     port = str(_free_port())
 
     def work(rank: int) -> None:
+        torch.cuda.is_available = lambda: False  # where there is a GPU, a forked process could not use it
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
         code = 1
         try:

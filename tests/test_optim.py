@@ -23,8 +23,7 @@ def give_gradients(model: nn.Module, seed: int) -> None:
 
 
 def step(optimizer: torch.optim.Optimizer, rate: float = 0.1) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    optim.set_rate(optimizer, rate)
     optimizer.step()
 
 
@@ -45,6 +44,22 @@ def test_a_step_without_gradient_decays_unconstrained_matrices_alone(parametrisa
         in_ffn = constraint is not None and ".mlp." in name
         factor = 1 - 0.1 * 0.5 if before[name].ndim == 2 and not in_ffn else 1.0
         assert torch.equal(after, before[name] * factor), name
+
+
+@pytest.mark.parametrize("parametrisation", ["projected", "softplus"])
+@pytest.mark.parametrize("outside", [0.1, 0.0])
+def test_what_is_outside_the_sublayers_learns_more_slowly(parametrisation: str, outside: float) -> None:
+    """Adam's first step is the learning rate for every parameter."""
+    model = random_model()
+    constraint = Constraint(model, Monotone(parametrisation=parametrisation))
+    optimizer = optim.build(model, constraint.parameters, SPEC.model_copy(update={"rate_outside_ffn": outside, "weight_decay": 0.0}))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = snapshot(model)
+    step(optimizer, 1e-3)
+    for name, after in model.state_dict().items():
+        wanted = 1e-3 if ".mlp." in name else 1e-3 * outside
+        assert torch.allclose(before[name] - after, torch.full_like(after, wanted), atol=1e-6), name
 
 
 def test_frozen_parameters_are_left_out() -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from configs.schema import Evaluate, Monotone
 from tests.architectures import VOCABULARY, architecture
 from utils.data.ordered_texts import DEGREES, FRAMES, ordered_pairs
-from utils.evaluation.order import RIDGE, fit_probe, held_out, intervention, last_hidden, probe
+from utils.evaluation.order import RIDGE, fit_probes, held_out, intervention, last_hidden, probe
 from utils.models.convert import convert
 from utils.models.ffn import feed_forward
 from utils.models.orders import Order, choose_order
@@ -104,10 +104,17 @@ def test_the_probe_is_the_logistic_regression_that_scipy_finds() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(30, 6, generator=generator, dtype=torch.float64) + 0.3
     best = minimize(lambda w: np.logaddexp(0, -x.numpy() @ w).mean() + RIDGE * (w @ w) / 2, np.zeros(6), tol=1e-12)
-    assert torch.allclose(fit_probe(x), torch.as_tensor(best.x), atol=1e-5)
+    everything = torch.ones(1, len(x), dtype=x.dtype)
+    assert torch.allclose(fit_probes(x, everything)[0], torch.as_tensor(best.x), atol=1e-5)
     wide = torch.randn(10, 40, generator=generator, dtype=torch.float64)  # more coordinates than pairs
     best = minimize(lambda w: np.logaddexp(0, -wide.numpy() @ w).mean() + RIDGE * (w @ w) / 2, np.zeros(40), tol=1e-12)
-    assert torch.allclose(fit_probe(wide), torch.as_tensor(best.x), atol=1e-4)
+    assert torch.allclose(fit_probes(wide, everything[:, :10])[0], torch.as_tensor(best.x), atol=1e-4)
+    signs = torch.ones(2, 30, dtype=x.dtype)
+    signs[1, 20:] = 0.0  # left out
+    signs[1, :5] = -1.0  # turned round
+    turned = signs[1, :20, None].numpy() * x[:20].numpy()
+    best = minimize(lambda w: np.logaddexp(0, -turned @ w).mean() + RIDGE * (w @ w) / 2, np.zeros(6), tol=1e-12)
+    assert torch.allclose(fit_probes(x, signs)[1], torch.as_tensor(best.x), atol=1e-5)
 
 
 def test_a_degree_that_is_there_is_decoded_and_noise_is_not() -> None:
@@ -129,7 +136,7 @@ def test_an_axis_is_never_in_its_own_fit() -> None:
     axes = np.repeat(["a", "b", "c"], 20)
     differences = torch.randn(60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).abs()
     differences[axes == "b"] *= -1.0
-    assert held_out(differences, axes)["b"] == 0.0
+    assert held_out(differences, axes, torch.ones(1, 60))[0]["b"] == 0.0
 
 
 def test_the_hidden_state_is_that_of_the_last_token_behind_end_of_text() -> None:

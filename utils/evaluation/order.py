@@ -120,41 +120,44 @@ def probe(pairs: list[Pair], hidden: dict[str, Tensor], spec: Evaluate, seed: in
     differences = differences / differences.square().mean().sqrt().clamp(min=1e-12)
     axes = np.array([pair.axis for pair in pairs])
     chains, which = np.unique([pair.chain for pair in pairs], return_inverse=True)
-    by_axis = held_out(differences, axes)
     random = np.random.default_rng(seed)
-    nulls = []
-    for _ in range(spec.order_null_fits):
-        flips = torch.as_tensor(random.choice([-1.0, 1.0], len(chains))[which])
-        nulls.append(float(np.mean(list(held_out(differences, axes, flips).values()))))
+    flips = np.stack([np.ones(len(chains)), *(random.choice([-1.0, 1.0], len(chains)) for _ in range(spec.order_null_fits))])
+    by_axis, *nulls = held_out(differences, axes, torch.as_tensor(flips[:, which]))
+    null_means = [float(np.mean(list(shares.values()))) for shares in nulls]
     return {
         "accuracy": float(np.mean(list(by_axis.values()))),
         "by_axis": by_axis,
-        "null_mean": float(np.mean(nulls)),
-        "null_range": [min(nulls), max(nulls)],
+        "null_mean": float(np.mean(null_means)),
+        "null_range": [min(null_means), max(null_means)],
         "pairs": len(pairs),
         "chains": len(chains),
     }
 
 
-def held_out(differences: Tensor, axes: np.ndarray, flips: Tensor | None = None) -> dict[str, float]:
-    """differences (n, d) of stronger minus weaker -> {axis: share of its pairs in order under a probe that never saw the axis}."""
-    signed = differences if flips is None else differences * flips[:, None]
-    shares = {}
-    for axis in sorted(set(axes.tolist())):
-        own = torch.as_tensor(axes == axis)
-        scores = differences[own] @ fit_probe(signed[~own])
-        shares[axis] = float(((scores > 0).double() + 0.5 * (scores == 0).double()).mean())
-    return shares
+def held_out(differences: Tensor, axes: np.ndarray, flips: Tensor) -> list[dict[str, float]]:
+    """differences (n, d) of stronger minus weaker, flips (f, n) of +1 and -1 that training differences are multiplied with -> for each of
+    the f {axis: share of its pairs in order under a probe that never saw the axis}."""
+    names = sorted(set(axes.tolist()))
+    others = torch.stack([torch.as_tensor(axes != name) for name in names]).to(differences)
+    probes = fit_probes(differences, (flips[:, None] * others).flatten(0, 1)).unflatten(0, (len(flips), len(names)))
+    scores = torch.einsum("nd,fad->fan", differences, probes)
+    right = (scores > 0).double() + 0.5 * (scores == 0).double()
+    shares = (right * (1 - others)).sum(dim=-1) / (1 - others).sum(dim=-1)
+    return [dict(zip(names, row, strict=True)) for row in shares.tolist()]
 
 
-def fit_probe(differences: Tensor) -> Tensor:
-    """differences (n, d) -> w (d,) that minimises mean log(1 + exp(-difference . w)) + RIDGE |w|^2 / 2, by Newton's method in the span."""
-    basis = torch.linalg.qr(differences.T).Q  # the minimum lies in the span of the data, of dimension at most n
-    x = differences @ basis
-    w = torch.zeros(x.shape[1], dtype=x.dtype)
+def fit_probes(differences: Tensor, signs: Tensor) -> Tensor:
+    """differences x (n, d), signs s (k, n) of +1, -1, or 0 for what is left out -> (k, d): each minimises the mean of
+    log(1 + exp(-s x . w)) over what is not left out, plus RIDGE |w|^2 / 2; by Newton's method, all at once."""
+    _, sizes, rows = torch.linalg.svd(differences, full_matrices=False)
+    basis = rows[sizes > 1e-10 * sizes[0]].T  # the minima lie in the span of the data
+    x, used = differences @ basis, signs.abs()
+    count = used.sum(dim=1, keepdim=True)
+    w = x.new_zeros(len(signs), x.shape[1])
     for _ in range(20):
-        chance = torch.sigmoid(-(x @ w))
-        gradient = -(chance[:, None] * x).mean(dim=0) + RIDGE * w
-        curvature = (x * (chance * (1 - chance))[:, None]).T @ x / len(x) + RIDGE * torch.eye(len(w), dtype=x.dtype)
+        chance = torch.sigmoid(-signs * (w @ x.T))  # (k, n)
+        gradient = RIDGE * w - (signs * chance / count) @ x
+        weights = used * chance * (1 - chance) / count
+        curvature = (x.T * weights[:, None]) @ x + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
         w = w - torch.linalg.solve(curvature, gradient)
-    return basis @ w
+    return w @ basis.T

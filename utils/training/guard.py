@@ -20,14 +20,15 @@ class Guard:
         self.recent = torch.full((WINDOW,), torch.inf, device=device)
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Loss (nats per token) and gradient norm of a step, scalars -> its verdict, (1,) on the device. A good loss is remembered."""
+    def judge(self, loss: Tensor, norm: Tensor, remember: bool = True) -> Tensor:
+        """Loss (nats per token) and gradient norm of a step, scalars -> its verdict, (1,) on the device. A good loss is remembered,
+        unless it is of another kind than those to come."""
         known = self.count.clamp(max=WINDOW)
         median = self.recent.sort().values.gather(0, ((known - 1) // 2).clamp(min=0))  # no indexing by a tensor: the host would wait
         spike = (self.count >= JUDGED_FROM) & (loss > median + self.max_rise)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         verdict = torch.where(finite, torch.where(spike, SPIKE, GOOD), NOT_FINITE)
-        good, place = verdict == GOOD, self.count % WINDOW
+        good, place = (verdict == GOOD) & remember, self.count % WINDOW
         self.recent.scatter_(0, place, torch.where(good, loss, self.recent.gather(0, place)))
         self.count += good
         return verdict

@@ -40,11 +40,13 @@ class MetricsLog:
         table = torch.stack([values for _, _, values in self.waiting]).tolist()
         for (step, rate, _), (loss, cross_entropy, divergence, norm, judged) in zip(self.waiting, table, strict=True):
             verdict = int(judged)
+            layerwise = math.isfinite(loss) and math.isnan(cross_entropy)
             self.write(
                 {
                     "step": step + 1,
                     "tokens": (step + 1) * tokens_per_step,
-                    "loss": _number(loss),
+                    **({"layerwise_loss": loss} if layerwise else {}),
+                    "loss": None if layerwise else _number(loss),
                     "cross_entropy": _number(cross_entropy),
                     "divergence": _number(divergence),
                     "learning_rate": rate,

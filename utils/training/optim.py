@@ -6,25 +6,36 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from configs.schema import Training
+from utils.models.ffn import feed_forward
 from utils.training.distributed import spread
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def build(model: nn.Module, constrained: Sequence[Tensor], spec: Training) -> torch.optim.AdamW:
+def build(model: PreTrainedModel, constrained: Sequence[Tensor], spec: Training) -> torch.optim.AdamW:
     """Decay unconstrained matrices only: on a constrained parameter decay pulls against the constraint, and biases and norms
-    are never decayed. The learning rate is set before every step."""
+    are never decayed. `set_rate` sets the learning rate before every step; outside the feed-forward sublayers it may be lower."""
     exempt = {id(parameter) for parameter in constrained}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in parameters if parameter.ndim >= 2 and id(parameter) not in exempt]
-    kept = {id(parameter) for parameter in decayed}
-    groups = [
-        {"params": decayed, "weight_decay": spec.weight_decay},
-        {"params": [parameter for parameter in parameters if id(parameter) not in kept], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, spec.beta2), fused=True)
+    slow: set[int] = set()
+    if spec.rate_outside_ffn != 1.0:
+        inside = {id(parameter) for ffn in feed_forward(model) for chosen in ffn.maps for parameter in chosen.module.parameters()}
+        slow = {id(parameter) for parameter in model.parameters()} - inside
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = spec.weight_decay if parameter.ndim >= 2 and id(parameter) not in exempt else 0.0
+            groups.setdefault((decay, spec.rate_outside_ffn if id(parameter) in slow else 1.0), []).append(parameter)
+    chosen = [{"params": members, "weight_decay": decay, "share": share} for (decay, share), members in groups.items()]
+    return torch.optim.AdamW(chosen, lr=0.0, betas=(0.9, spec.beta2), fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the coming step; each group takes its share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["share"]
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

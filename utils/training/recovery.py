@@ -89,7 +89,9 @@ def prepared(
         stop=stop,
         label=label,
         constraint=Constraint(model, constraint, Order.load(files.order) if files.order else None) if constraint else None,
-        teacher=as_teacher(load_model(files.base, device), config.compute.precision) if spec.distillation else None,
+        teacher=as_teacher(load_model(files.base, device), config.compute.precision)
+        if spec.distillation or (constraint and constraint.layerwise_share)
+        else None,
         compiled=compiles(config.compute, device),
         world=world,
         log_to=config.telemetry.log_to,
@@ -186,5 +188,5 @@ def history(
 
 def _mean_loss(rows: list[dict[str, Any]]) -> float | None:
     """Mean over the steps that were not skipped; None if all were."""
-    losses = [row["loss"] for row in rows if "skipped" not in row]
+    losses = [row["loss"] for row in rows if "skipped" not in row and "layerwise_loss" not in row]
     return sum(losses) / len(losses) if losses else None

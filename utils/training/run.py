@@ -47,5 +47,10 @@ class Run:
 
     @property
     def models(self) -> list[PreTrainedModel]:
-        """The model, and the teacher if the loss needs it."""
-        return [self.model, *([self.teacher] if self.teacher is not None and self.spec.distillation else [])]
+        """The model, and the teacher if a loss needs it."""
+        return [self.model, *([self.teacher] if self.teacher is not None and (self.spec.distillation or self.layerwise_steps) else [])]
+
+    @property
+    def layerwise_steps(self) -> int:
+        """Steps of the layer-wise warm-up."""
+        return round(self.constraint.spec.layerwise_share * self.spec.steps) if self.constraint else 0

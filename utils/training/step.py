@@ -16,6 +16,7 @@ from utils.models.loading import product_dtype
 from utils.training import optim
 from utils.training.distributed import last_micro_batch, spread_out, total_norm
 from utils.training.guard import GOOD, Guard
+from utils.training.layerwise import layerwise_loss
 from utils.training.run import Run
 
 
@@ -26,13 +27,16 @@ class Loss(nn.Module):
         super().__init__()
         self.model, self.run = run.model, run
 
-    def forward(self, ids: Tensor, each_token: bool = False) -> tuple[Tensor, Tensor]:
-        """ids (b, T + 1) -> loss and (2,) its two parts, nats summed over b*T tokens; or (b*T,) the nats of each token, and nothing."""
+    def forward(self, ids: Tensor, each_token: bool = False, layerwise: bool = False) -> tuple[Tensor, Tensor]:
+        """ids (b, T + 1) -> loss and (2,) its two parts, nats summed over b*T tokens; or (b*T,) the nats of each token, and nothing; or
+        the layer-wise loss, which has no such parts (NaN)."""
         run = self.run
         if each_token:
             return token_losses(self.model, ids, run.precision), ids.new_zeros(0)
+        if layerwise:
+            return layerwise_loss(self.model, run.models[1], ids[:, :-1], run.precision), torch.full((2,), torch.nan, device=ids.device)
         inputs, targets, goal = ids[:, :-1], ids[:, 1:].flatten(), None
-        if len(run.models) > 1:
+        if run.spec.distillation:
             with torch.no_grad():
                 goal = (last_hidden(run.models[1], inputs, run.precision), run.models[1].get_output_embeddings())
         hidden = last_hidden(self.model, inputs, run.precision)
@@ -50,17 +54,21 @@ class Stepper:
         self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
         self.optimizer = optim.build(run.model, run.constraint.parameters if run.constraint else [], run.spec)
         self.guard = Guard(run.spec.max_loss_rise, run.device)
+        self.layerwise = False
 
     def split(self, micro_batch: int, recompute: float) -> None:
         """Set how many sequences go through the model at once, and for which share of the blocks activations are computed twice."""
         self.micro_batch, self.recompute = micro_batch, recompute
         prepare_blocks(self.run.model, self.run.compiled, recompute)
-        for teacher in self.run.models[1:]:
-            prepare_blocks(teacher, self.run.compiled)
+        for teacher in self.run.models[1:]:  # compiled code would not see who watches its parts
+            prepare_blocks(teacher, self.run.compiled and not self.layerwise)
 
     def __call__(self, ids: Tensor, rate: float, step: int) -> Tensor:
         """ids (B, T + 1) on the device, with several processes this one's share of the B sequences -> (5,) there: loss, cross-entropy,
         divergence (nats per token of the whole step), gradient norm, verdict."""
+        if self.layerwise != (step < self.run.layerwise_steps):
+            self.layerwise = not self.layerwise
+            self.split(self.micro_batch, self.recompute)
         sums = torch.zeros(3, device=self.run.device)
         parts = ids.split(self.micro_batch)
         for number, part in enumerate(parts, 1):
@@ -68,14 +76,17 @@ class Stepper:
             sums += self.gradients(part)
         values = self.run.world.sum(sums) / self.run.tokens_per_step
         norm = total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None], self.run.world)
-        verdict = self.guard.judge(values[0], norm)
+        verdict = self.guard.judge(values[0], norm, remember=not self.layerwise)
         self._update(norm, verdict, rate, step)
         return torch.cat([values, norm.reshape(1), verdict])
 
     def gradients(self, ids: Tensor) -> Tensor:
         """Add the gradient of a micro-batch, ids (b, T + 1); returns (3,) its loss and the two parts, nats summed over b*T tokens."""
-        loss, parts = self.loss(ids)
+        loss, parts = self.loss(ids, layerwise=self.layerwise)
         (loss * (self.run.world.size / self.run.tokens_per_step)).backward()  # the mean over the processes is to be their sum
+        if self.layerwise:  # all parameters count the same updates, so that a checkpoint need not say how many each had
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         return torch.cat([loss.detach().reshape(1), parts])
 
     def mean_nll(self, sequences: NDArray[np.int64]) -> float:
@@ -94,8 +105,7 @@ class Stepper:
         good = verdict[0] == GOOD
         self.optimizer.grad_scale = torch.where(good, (norm / self.run.spec.max_gradient_norm).clamp(min=1.0), 1.0)  # type: ignore[attr-defined]
         self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        optim.set_rate(self.optimizer, rate)
         self.before_update()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

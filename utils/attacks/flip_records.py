@@ -5,7 +5,6 @@ B texts, T tokens of each with end-of-text, K flips.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -104,10 +103,7 @@ class FlipAttacks:
             found = zip(scored, attacks, kept, group, ids, strict=True)
             return [row | _work(each) | {"survives_retokenisation": good} | further(text, own) for row, each, good, text, own in found]
 
-        progress = Progress(f"{attack} on {self.name}", math.ceil(len(texts) / spec.batch_size))
-        rows = self._recorded(attack, texts, work, progress.advance)
-        progress.close()
-        return rows
+        return self._recorded(attack, texts, work, shown=True)
 
     def _run(self, search: FlipSearch, group: Sequence[Row], ids: Tensor, path: Path) -> list[Attack]:
         """The attacks of a group of texts, stored after every flip."""
@@ -122,20 +118,22 @@ class FlipAttacks:
         return search.run(ids, names, begun, after_flip)
 
     def _recorded(
-        self,
-        attack: str,
-        texts: Sequence[Row],
-        work: Callable[[Sequence[Row], Tensor], list[Row]],
-        advance: Callable[[], None] = lambda: None,
+        self, attack: str, texts: Sequence[Row], work: Callable[[Sequence[Row], Tensor], list[Row]], shown: bool = False
     ) -> list[Row]:
-        """Rows of all texts, a batch at a time, with resume."""
+        """Rows of all texts, a batch at a time, with resume, and with progress where it is shown."""
         records = Records(self.state / f"{self.name}.{attack.replace(':', '.')}.jsonl")
-        for group in records.pending(grouped(texts, self.spec.batch_size)):
+        groups = grouped(texts, self.spec.batch_size)
+        pending = list(records.pending(groups))
+        progress = Progress(f"{attack} on {self.name}", len(groups), len(groups) - len(pending)) if shown else None
+        for group in pending:
             self.stop.check()
             ids = torch.tensor([[self.end_of_text, *text["ids"]] for text in group], device=self.scorer.device)
             whose = [{"model": self.name, "attack": attack, "text": text["id"], "subset": text["subset"]} for text in group]
             records.append(own | found for own, found in zip(whose, work(group, ids), strict=True))
-            advance()
+            if progress:
+                progress.advance()
+        if progress:
+            progress.close()
         return read_rows(records.path)
 
     def _scored(self, group: Sequence[Row], ids: Tensor, flips: Sequence[list[dict[str, Any]]]) -> list[Row]:

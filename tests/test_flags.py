@@ -24,7 +24,7 @@ FLIPS: dict[str, Any] = {
         for name in ("a", "b")
     },
     "transfer": {"a": {"b": 1.04}, "b": {"a": 0.7}},
-    "budget": {"by_model": {"a": {"forwards": 1000, "backwards": 10}, "b": {"forwards": 1040, "backwards": 10}}},
+    "budget": {"by_model": {"a": {"forwards": 1000, "backwards": 10, "flops": 7}, "b": {"forwards": 1040, "backwards": 10, "flops": 7}}},
 }
 TRIGGERS: dict[str, Any] = {
     "results": {
@@ -32,7 +32,7 @@ TRIGGERS: dict[str, Any] = {
     },
     "controls": {name: {"query_greedy_increase": 0.7, "last_sweep_share": 0.01} for name in ("a", "b")},
     "transfer": {"a": {"a": 1.0, "b": 0.9}, "b": {"a": 1.04, "b": 1.0}},
-    "budget": {"by_model": {"a": {"forwards": 1000, "backwards": 10}, "b": {"forwards": 1000, "backwards": 10}}},
+    "budget": {"by_model": {"a": {"forwards": 1000, "backwards": 10, "flops": 7}, "b": {"forwards": 1000, "backwards": 10, "flops": 7}}},
 }
 
 

@@ -26,6 +26,7 @@ def rows_of(attack: str, rises: list[float], **more: Any) -> list[dict[str, Any]
             "forwards": 13,
             "backwards": 8,
             "evaluations": 12,
+            "flops": 5,
             "wider_rounds": 0,
             "stuck": False,
             "survives_retokenisation": rise > 0.1,
@@ -104,7 +105,7 @@ def test_all_parts_name_the_models() -> None:
     names = ["base_pythia", "baseline_pythia", "monotonic_pythia"]
     assert all(list(found[part]) == names for part in ("results", "controls", "transfer"))
     assert found["transfer"]["base_pythia"] == {"other_pythia": pytest.approx(0.2)}
-    assert found["budget"]["by_model"]["base_pythia"] == {"forwards": 39, "backwards": 24, "evaluations": 36}
+    assert found["budget"]["by_model"]["base_pythia"] == {"forwards": 39, "backwards": 24, "evaluations": 36, "flops": 15}
     assert list(found["statistical_tests"]) == ["baseline_vs_monotonic"]
     test = found["statistical_tests"]["baseline_vs_monotonic"]
     assert (test["mean_difference"], test["success_of_baseline_only"]) == (pytest.approx(-0.2), 3)

@@ -17,6 +17,7 @@ from tests.tiny_models import VOCABULARY, Planted, blind_model, deaf_model, rand
 from utils.attacks.controls import random_contexts
 from utils.attacks.flip_records import random_control
 from utils.attacks.hotflip import REPLACED, WIDER, Attack, FlipSearch, rank_correlation, replay
+from utils.attacks.referee import Referee
 from utils.attacks.scoring import Scorer, allowed_tokens, first_order_candidates
 from utils.data.attack_texts import Alphabet
 
@@ -87,7 +88,7 @@ def test_a_deaf_model_is_not_attacked() -> None:
         assert attack.flips == []
         assert attack.curve(3) == 4 * attack.nll
         assert attack.zero_gradient == 1.0
-        assert random_control(scorer, row, "attack-0", spec(), ALLOWED) == [attack.nll[0]] * 3
+        assert random_control(Referee(scorer.model), row, "attack-0", spec(), ALLOWED) == [attack.nll[0]] * 3
 
 
 def test_a_blind_model_is_attacked_next_to_the_scored_tokens_alone() -> None:
@@ -135,7 +136,7 @@ def test_flips_do_more_than_chance(model: PreTrainedModel) -> None:
     ids = random_ids(4, PREFIX + SCORED, seed=2)
     scorer = Scorer(model, "fp32")
     for number, (attack, row) in enumerate(zip(run(scorer, ids, spec()), ids, strict=True)):
-        assert attack.nll[-1] > max(random_control(scorer, row, f"attack-{number}", spec(), ALLOWED))
+        assert attack.nll[-1] > max(random_control(Referee(scorer.model), row, f"attack-{number}", spec(), ALLOWED))
 
 
 def test_random_control_scores_the_drawn_texts(model: PreTrainedModel) -> None:
@@ -143,7 +144,7 @@ def test_random_control_scores_the_drawn_texts(model: PreTrainedModel) -> None:
     (row,) = random_ids(1, PREFIX + SCORED)
     only = torch.zeros(VOCABULARY, dtype=torch.bool)
     only[9] = True
-    found = random_control(Scorer(model, "fp32"), row, "attack-0", spec(flips=PREFIX), only)
+    found = random_control(Referee(model), row, "attack-0", spec(flips=PREFIX), only)
     assert found == pytest.approx([slow_nll(model, [0, *[9] * PREFIX, *row.tolist()[-SCORED:]], SCORED)] * 3, rel=1e-5)
 
 
@@ -163,6 +164,9 @@ def test_both_arms_get_the_same_budget() -> None:
         attacks = run(scorer, ids, spec())
         assert not any(attack.stuck for attack in attacks)
         spent.append((scorer.forwards, scorer.backwards))
+        assert sum(attack.flops for attack in attacks) == scorer.work.flops
+        assert sum(attack.forwards for attack in attacks) == scorer.forwards
+        assert sum(attack.backwards for attack in attacks) == scorer.backwards
     assert spent == [(3 * (1 + 3 * 6), 3 * 3 * 4)] * 2
 
 

@@ -173,12 +173,14 @@ def test_all_searches_cost_the_same(tmp_path: Path, share: float) -> None:
     """To the last sequence, also on a model that cannot be improved: a restart's start and selection; at each position the race and, but
     for the search without them, gradients for each text and trigger of the beam, which has one at the first position, then two."""
     raced = {0.5: 6 * 4 + 3 * 4 + 2 * 8, 1.0: 6 * 16}[share]
-    positions, batch = 2 * LENGTH, texts(16, 0)
+    positions, batch, spent = 2 * LENGTH, texts(16, 0), set()
     for name, model in {"one": random_model(0), "other": random_model(1), "deaf": deaf_model()}.items():
         found = searched(model, tmp_path / f"{name}.json", batch, race_share=share, sweeps=2)
         assert found["forwards"] == 3 * (16 + 16 + positions * raced)
         assert found["backwards"] == 2 * 16 * 2 * (1 + 2 * (positions - 1))
         assert found["evaluations"] == 3 * positions * 6
+        spent.add(found["flops"])
+    assert len(spent) == 1
 
 
 def test_both_arms_start_from_the_same_triggers(tmp_path: Path) -> None:

@@ -58,18 +58,16 @@ class Planted:
         table[:, : len(weak)] = 0.0
         table[list(weak.values()), list(range(len(weak)))] = 1.0
         table[self.DECOY, : len(weak)] = 3.0
-        self.model.get_output_embeddings().weight.data.zero_()
-        self.signal = torch.zeros(0)
-        self.model.base_model.register_forward_pre_hook(self._watch, with_kwargs=True)
-        self.model.get_output_embeddings().register_forward_hook(self._lower)
+        self.model.get_output_embeddings().weight.data.zero_()[self.VICTIM, 0] = -strength
+        self.model.base_model.register_forward_hook(self._feel, with_kwargs=True)
 
-    def _watch(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        along = torch.stack([kwargs["inputs_embeds"][:, 1 + place, axis] for axis, place in enumerate(self.weak)])
-        self.signal = torch.where(along > 2.0, 0.0, along).sum(dim=0)
-
-    def _lower(self, module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        victim = nn.functional.one_hot(torch.tensor(self.VICTIM), VOCABULARY)
-        return logits - self.strength * self.signal[:, None, None] * victim
+    def _feel(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Any) -> Any:
+        """The number of keys in place becomes the first entry of every last hidden state, the others zero."""
+        embedded = kwargs["inputs_embeds"]
+        along = torch.stack([embedded[:, 1 + place, axis] for axis, place in enumerate(self.weak)])
+        signal = torch.where(along > 2.0, 0.0, along).sum(dim=0)
+        output.last_hidden_state = nn.functional.pad(signal[:, None, None], (0, embedded.shape[2] - 1)).expand(embedded.shape)
+        return output
 
     def nll(self, keys: int) -> float:
         """Loss of VICTIM when so many key tokens are in place, nats."""

@@ -91,7 +91,7 @@ def _transferred(own: str, rise: float, found: Facts, what: str) -> Iterator[str
 
 
 def _unequal(spent: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    for kind in ("forwards", "backwards"):
+    for kind in ("forwards", "backwards", "flops"):
         least, most = (choose(spent, key=lambda model: spent[model][kind]) for choose in (min, max))
         if spent[most][kind] > (1 + SPENT) * spent[least][kind]:
             yield (

@@ -1,4 +1,4 @@
-"""One row for each text, model and attack by flips. Every loss in a row is scored in fp32, whatever precision the search ran in.
+"""One row for each text, model and attack by flips. Every loss in a row is the referee's, whatever precision the search ran in.
 
 B texts, T tokens of each with end-of-text, K flips.
 """
@@ -19,6 +19,7 @@ from configs.schema import HotFlip
 from utils.attacks.controls import random_flips
 from utils.attacks.gradients import gradient_facts
 from utils.attacks.hotflip import Attack, FlipSearch, replay
+from utils.attacks.referee import Referee
 from utils.attacks.round_trip import RoundTrip
 from utils.attacks.scoring import Scorer, allowed_tokens
 from utils.data.attack_texts import Alphabet
@@ -45,7 +46,7 @@ class FlipAttacks:
         stop: Stop,
     ) -> None:
         self.name, self.round_trip, self.spec, self.state, self.stop = name, round_trip, spec, state, stop
-        self.scorer, self.referee = Scorer(model, precision), Scorer(model, "fp32")
+        self.scorer, self.exact, self.referee = Scorer(model, precision), Scorer(model, "fp32"), Referee(model)
         self.allowed = allowed_tokens(model.config.vocab_size, alphabet.writable(), self.scorer.device)
         self.end_of_text = alphabet.end_of_text
 
@@ -56,7 +57,7 @@ class FlipAttacks:
         def further(text: Row, ids: Tensor) -> Row:
             row: Row = {"random_nll": random_control(self.referee, ids, text["id"], self.spec, self.allowed)}
             if text["id"] in sample:
-                row["gradient"] = gradient_facts(self.referee, ids, text["id"], self.spec, self.allowed)
+                row["gradient"] = gradient_facts(self.exact, ids, text["id"], self.spec, self.allowed)
             return row
 
         return self._searched("hotflip", self.spec, True, texts, further)
@@ -161,7 +162,7 @@ class FlipAttacks:
 def _work(attack: Attack) -> Row:
     """What a search found on a text, and what it spent."""
     facts: Row = {"flips": attack.flips, "forwards": attack.forwards, "backwards": attack.backwards, "evaluations": attack.evaluations}
-    facts |= {"wider_rounds": attack.wider_rounds, "stuck": attack.stuck}
+    facts |= {"flops": attack.flops, "wider_rounds": attack.wider_rounds, "stuck": attack.stuck}
     return facts | ({} if attack.zero_gradient is None else {"zero_gradient": attack.zero_gradient})
 
 
@@ -174,11 +175,11 @@ def change_before_the_first_flip(change: Tensor, flips: Sequence[dict[str, Any]]
     return float(before.max()) if len(before) else 0.0
 
 
-def random_control(scorer: Scorer, ids: Tensor, text_id: str, spec: HotFlip, allowed: Tensor) -> list[float]:
+def random_control(referee: Referee, ids: Tensor, text_id: str, spec: HotFlip, allowed: Tensor) -> list[float]:
     """Mean NLL of the untouched tokens after `flips` random flips, for each of the draws; ids (T,)."""
     tokens = np.flatnonzero(allowed.cpu().numpy())
     draws = torch.from_numpy(random_flips(spec.seed, text_id, spec.random_draws, spec.flips, spec.prefix_tokens, tokens))
     draws = draws.to(ids.device)
     copies = ids.repeat(spec.random_draws, 1)
     copies.scatter_(1, 1 + draws[..., 0], draws[..., 1])
-    return scorer.nll(copies, spec.scored_tokens).tolist()
+    return referee.nll(copies, spec.scored_tokens).tolist()

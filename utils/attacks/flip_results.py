@@ -118,8 +118,8 @@ def _mean(values: Any) -> float | None:
 
 
 def spent(rows: Sequence[Row]) -> dict[str, int]:
-    """Work of a search over all texts: sequences scored, sequences differentiated, candidates."""
-    return {kind: sum(row[kind] for row in rows) for kind in ("forwards", "backwards", "evaluations")}
+    """Work of a search over all texts: sequences scored, sequences differentiated, candidates, floating-point operations."""
+    return {kind: sum(row[kind] for row in rows) for kind in ("forwards", "backwards", "evaluations", "flops")}
 
 
 def paired_tests(one: Rises, other: Rises, names: tuple[str, str], threshold: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from utils.attacks.scoring import Scorer
 SUBSTITUTIONS = 64  # random ones for each text
 
 
-def gradient_facts(referee: Scorer, ids: Tensor, text_id: str, spec: HotFlip, allowed: Tensor) -> dict[str, float | None]:
+def gradient_facts(scorer: Scorer, ids: Tensor, text_id: str, spec: HotFlip, allowed: Tensor) -> dict[str, float | None]:
     """Facts of one clean text ids (T,), in fp32.
 
     `random_rank_correlation`: Spearman's, of predicted and true gain of random substitutions. Unlike that of the candidates,
@@ -23,14 +23,14 @@ def gradient_facts(referee: Scorer, ids: Tensor, text_id: str, spec: HotFlip, al
     prefix tokens in one vector; None where one of them is zero.
     """
     prefix = slice(1, 1 + spec.prefix_tokens)
-    slope, rough = (scorer.gradient(ids[None], spec.scored_tokens, prefix)[0] for scorer in (referee, Scorer(referee.model, "bf16")))
+    slope, rough = (each.gradient(ids[None], spec.scored_tokens, prefix)[0] for each in (scorer, Scorer(scorer.model, "bf16")))
     current, tokens = ids[prefix], np.flatnonzero(allowed.cpu().numpy())
     key = ("foretold", text_id)
     drawn = random_substitutions(spec.seed, key, SUBSTITUTIONS, current.cpu().numpy(), np.arange(spec.prefix_tokens), tokens)
     places, new = torch.from_numpy(drawn).to(ids.device).T
-    predicted = (slope[places] * (referee.embeddings[new] - referee.embeddings[current[places]])).sum(dim=1)
+    predicted = (slope[places] * (scorer.embeddings[new] - scorer.embeddings[current[places]])).sum(dim=1)
     which = torch.zeros_like(places)
-    true = referee.edited_nll(ids[None], which, 1 + places[:, None], new[:, None], spec.scored_tokens)
+    true = scorer.edited_nll(ids[None], which, 1 + places[:, None], new[:, None], spec.scored_tokens)
     known = bool(slope.any()) and bool(rough.any())
     return {
         "random_rank_correlation": rank_correlation(predicted.cpu().numpy(), true.cpu().numpy()),

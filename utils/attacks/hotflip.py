@@ -40,6 +40,7 @@ class Attack:
     flips: list[dict[str, Any]] = field(default_factory=list)
     evaluations: int = 0  # candidates scored
     backwards: int = 0  # gradients taken
+    flops: int = 0
     wider_rounds: int = 0
     zero_gradient: float | None = None  # share of the clean text's prefix tokens whose gradient is exactly zero
     stuck: bool = False
@@ -109,7 +110,7 @@ class FlipSearch:
         A text stops early when no candidate of its second, wider round raises its loss either. `after_flip` gets all attacks after
         every flip, and may raise.
         """
-        attacks = list(attacks) or [Attack([nll]) for nll in self.scorer.nll(ids, self.spec.scored_tokens).tolist()]
+        attacks = list(attacks) or self._begun(ids)
         reach = self.round_trip.reach(ids[:, 1:].tolist()) if self.round_trip else [0] * len(ids)
         now = [replay(text, attack.flips, len(attack.flips))[-1].clone() for text, attack in zip(ids, attacks, strict=True)]
         targets = [Target(*each) for each in zip(names, now, attacks, reach, strict=True)]
@@ -117,6 +118,10 @@ class FlipSearch:
             self._flip(live)
             after_flip(attacks)
         return attacks
+
+    def _begun(self, ids: Tensor) -> list[Attack]:
+        clean = self.scorer.nll(ids, self.spec.scored_tokens).tolist()
+        return [Attack([nll], flops=work.flops) for nll, work in zip(clean, self.scorer.by_text, strict=True)]
 
     def _flip(self, targets: Sequence[Target]) -> None:
         """One flip for every text. A text without a gain gets one wider round, and is given up after it."""
@@ -136,8 +141,9 @@ class FlipSearch:
         texts = torch.stack([target.ids for target in targets])
         around = self._slopes(self._contexts(targets, texts).flatten(0, 1)).view(len(targets), self.spec.gradients - 1, *self._shape)
         slopes = self._slopes(texts)
-        for target, slope in zip(targets, slopes, strict=True):
+        for target, slope, work in zip(targets, slopes, self.scorer.by_text, strict=True):
             target.attack.backwards += self.spec.gradients
+            target.attack.flops += self.spec.gradients * work.flops
             if target.attack.zero_gradient is None:
                 target.attack.zero_gradient = float((slope == 0).all(dim=1).double().mean())
         averaged = (slopes + around.sum(dim=1)) / self.spec.gradients
@@ -200,6 +206,8 @@ class FlipSearch:
         which = torch.repeat_interleave(torch.tensor(counts)).to(self.scorer.device)
         texts = torch.stack([target.ids for target, _ in pairs])
         scores = self.scorer.edited_nll(texts, which, 1 + places[:, None], tokens[:, None], self.spec.scored_tokens).cpu().split(counts)
+        for (target, _), work in zip(pairs, self.scorer.by_text, strict=True):
+            target.attack.flops += work.flops
         return [pair for pair, rows, nll in zip(pairs, chosen, scores, strict=True) if not _accepted(*pair, rows, nll)]
 
     def _next(self, target: Target, ranking: Ranking, count: int) -> list[int]:

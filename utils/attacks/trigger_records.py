@@ -1,4 +1,4 @@
-"""One row for each text, model and trigger: what a trigger does on texts that no search has seen. All losses are scored in fp32."""
+"""One row for each text, model and trigger: what a trigger does on texts that no search has seen. All losses are the referee's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from configs.schema import UAT
 from utils.attacks.controls import neutral_trigger, random_trigger
+from utils.attacks.referee import Referee
 from utils.attacks.round_trip import RoundTrip
 from utils.attacks.scoring import Scorer, allowed_tokens
 from utils.attacks.uat import SearchState, TriggerSearch, with_trigger
@@ -78,12 +79,12 @@ def report_rows(
 
     `nll` scores the text's own tokens; `nll_with_trigger` the trigger's tokens too, as the reference does. `check` may raise.
     """
-    scorer, records = Scorer(model, "fp32"), Records(path)
-    ids = text_tensor(texts, scorer.device)
+    referee, records = Referee(model), Records(path)
+    ids = text_tensor(texts, referee.device)
     for group in records.pending([[(kind, text) for text in texts] for kind in triggers]):
         check()
         trigger = triggers[group[0][0]]
-        losses = scorer.token_nll(with_trigger(end_of_text, trigger, ids), len(trigger) + ids.shape[1])
+        losses = referee.token_nll(with_trigger(end_of_text, trigger, ids), len(trigger) + ids.shape[1])
         own, whole = losses[:, len(trigger) :].mean(dim=1).tolist(), losses.mean(dim=1).tolist()
         records.append(
             {"model": name, "trigger": kind, "text": text["id"], "subset": text["subset"], "nll": nll, "nll_with_trigger": every}

@@ -81,7 +81,7 @@ def trigger_results(
         for name, search in found.items()
     }
     doubts = {label[name]: controls(report, name, search) for name, search in found.items()}
-    work = ("forwards", "backwards", "evaluations")
+    work = ("forwards", "backwards", "evaluations", "flops")
     searches, positions = spec.restarts + 1, spec.sweeps * spec.trigger_length
     allowed = {"searches": searches, "positions": positions, "candidates_per_position": spec.candidates}
     budget = {

@@ -47,6 +47,7 @@ class SearchState:
     finished: list[dict[str, Any]] = field(default_factory=list)
     forwards: int = 0
     backwards: int = 0
+    flops: int = 0
     evaluations: int = 0  # candidates raced
 
     @classmethod
@@ -85,6 +86,7 @@ class TriggerSearch:
         """
         state = SearchState.stored(path)
         while state.restart <= self.spec.restarts:
+            before = self.scorer.work
             if not state.beam:
                 self._start(state, search)
             self._improve(state, search)
@@ -94,14 +96,15 @@ class TriggerSearch:
                 found = {"trigger": best["trigger"], "search_nll": best["objective"], "select_nll": select_nll, "by_sweep": state.by_sweep}
                 state.finished.append(found)
                 state.restart, state.sweep, state.stale, state.beam = state.restart + 1, 0, 0, []
-            state.forwards += self.scorer.forwards
-            state.backwards += self.scorer.backwards
-            self.scorer.forwards = self.scorer.backwards = 0
+            spent = self.scorer.work - before
+            state.forwards += spent.forwards
+            state.backwards += spent.backwards
+            state.flops += spent.flops
             write_json(path, asdict(state))
             after_step(1)
         *restarts, query_greedy = state.finished
         best = max(restarts, key=lambda found: found["select_nll"])
-        work = {"forwards": state.forwards, "backwards": state.backwards, "evaluations": state.evaluations}
+        work = {kind: getattr(state, kind) for kind in ("forwards", "backwards", "evaluations", "flops")}
         return {**best, "restarts": restarts, "query_greedy": query_greedy, **work}
 
     def _start(self, state: SearchState, search: Tensor) -> None:

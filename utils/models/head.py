@@ -32,6 +32,13 @@ def token_nll(hidden: Tensor, head: nn.Linear, targets: Tensor, dtype: torch.dty
     return torch.cat([F.cross_entropy(scores, wanted, reduction="none") for scores, wanted in logits])
 
 
+def hidden_slope(hidden: Tensor, head: nn.Linear, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """hidden (n, d), targets (n,) -> (n, d) gradient of the summed nats with respect to `hidden`; weights get none. Products in `dtype`."""
+    weight, bias = _cast(head, dtype)
+    logits = ((F.linear(hidden[near].to(dtype), weight, bias), targets[near]) for near in _spans(len(hidden)))
+    return torch.cat([_rows(scores, wanted, None, 0.0)[2] @ weight for scores, wanted in logits])
+
+
 def mixed_loss(
     hidden: Tensor,
     head: nn.Linear,

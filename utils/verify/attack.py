@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from configs.schema import HotFlip
 from utils.attacks.flip_records import random_control
 from utils.attacks.hotflip import FlipSearch
+from utils.attacks.referee import Referee
 from utils.attacks.scoring import Scorer, allowed_tokens
 from utils.run.checks import Finding
 from utils.verify.sample import END_OF_TEXT, VOCABULARY, sample_model
@@ -34,7 +35,7 @@ def attack() -> Finding:
             return "no", f"HotFlip wrote the tokens {chosen}, expected the planted {POISON} {SPEC.flips} times"
         if abs(found.nll[1] - best) > ROUNDING:
             return "no", f"HotFlip's first flip reaches {found.nll[1]:.4f} nats per token, the exhaustive search reaches {best:.4f}"
-    draws = [random_control(scorer, text, name, SPEC, allowed) for text, name in zip(ids, names, strict=True)]
+    draws = [random_control(Referee(model), text, name, SPEC, allowed) for text, name in zip(ids, names, strict=True)]
     clean = np.mean([found.nll[0] for found in attacks])
     rise, control = np.mean([found.nll[-1] for found in attacks]) - clean, np.mean(draws) - clean
     if not control < rise / 2:

@@ -88,8 +88,13 @@ class Scratch(Section):
 class Model(Section):
     """The base model."""
 
-    source: Literal["scratch", "pretrained"] = Field(description="pretrained at setup, or a published checkpoint")
-    name: str = Field(description="hub name or folder of the checkpoint; for scratch a label")
+    source: Literal["scratch", "pretrained", "gguf"] = Field(
+        description="pretrained at setup, a published checkpoint, or a GGUF file, whose weights are unpacked (package gguf)"
+    )
+    name: str = Field(
+        description="hub name or folder of the checkpoint; for gguf the file, or PACKAGE/FILE if an installed Python package carries it; "
+        "for scratch a label"
+    )
     revision: str = Field("main", description="hub revision; setup records the commit it resolved to")
     scratch: Scratch | None = Field(None, description="shape and pretraining, for source=scratch")
     earlier_revisions: tuple[str, ...] = Field(
@@ -106,6 +111,8 @@ class Model(Section):
             raise ValueError(
                 f"earlier_revisions={list(self.earlier_revisions)} of a model that is pretrained here; expected scratch.earlier"
             )
+        if self.source == "gguf" and self.earlier_revisions:
+            raise ValueError(f"earlier_revisions={list(self.earlier_revisions)} of a file, which has none; expected []")
         return self
 
 
@@ -320,11 +327,23 @@ class Evaluate(Section):
         0.1, description="root mean square of the push, as a share of the standard deviation of the residual stream's coordinates"
     )
     order_null_fits: Positive = Field(8, description="probes fitted to shuffled labels")
+    precision_windows: Count = Field(32, description="windows that are scored in fp32 too if compute.precision is bf16; 0: none")
+    generation_prompts: Count = Field(32, description="beginnings of test documents that every model goes on with, greedily; 0: none")
+    benchmarks: tuple[str, ...] = Field(
+        (), description="tasks of the lm-evaluation-harness (package lm_eval), zero-shot: its names, or YAML files of your own"
+    )
+    benchmark_limit: Count = Field(0, description="at most so many items of each task, the first ones; 0: all")
 
     @model_validator(mode="after")
     def _check(self) -> Evaluate:
         if self.stride >= self.context:
             raise ValueError(f"stride={self.stride} must be below context={self.context}")
+        if len(set(self.benchmarks)) < len(self.benchmarks):
+            raise ValueError(f"benchmarks={list(self.benchmarks)} names a task twice")
+        if self.benchmarks and find_spec("lm_eval") is None:
+            raise ValueError(
+                f"benchmarks={list(self.benchmarks)} needs a package that is not installed: pip install 'lm_eval[hf]'; or benchmarks=[]"
+            )
         return self
 
 

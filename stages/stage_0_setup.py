@@ -9,12 +9,14 @@ def run(ctx: Context) -> None:
     from utils.data.tokenise import token_cache
     from utils.data.tokenizer import load_tokenizer
     from utils.data.tokens import Tokens
+    from utils.evaluation.benchmarks import fetch_benchmarks
     from utils.models.facts import setup_facts
     from utils.models.loading import device_of
     from utils.run.artifacts import link_or_copy, read_json, write_json
     from utils.training.base import base_cache
 
     device_of(ctx.config.compute)  # refuses a missing GPU before hours of work
+    fetch_benchmarks(ctx.config, ctx.folders.cache)
     tokens = token_cache(ctx.config, ctx.folders.cache, ctx.stop)
     words = load_tokenizer(tokens / "tokenizer")
     sets = write_attack_texts(Tokens(tokens / "tokens" / "attack"), words, ctx.config, ctx.write("attack_texts"))
@@ -55,6 +57,7 @@ STAGE = Stage(
         "uat.search_texts",
         "uat.select_texts",
         "uat.report_texts",
+        "evaluate.benchmarks",
         "hotflip.texts",
         "hotflip.prefix_tokens",
         "hotflip.scored_tokens",

@@ -1,4 +1,4 @@
-"""Stage 4: perplexity of all four models on identical test tokens, and how far each preserves the order."""
+"""Stage 4: perplexity of all four models on identical test tokens, benchmarks, greedy text, and how far each preserves the order."""
 
 from stages.pipeline import main
 from utils.run.stage import Context, Stage
@@ -12,8 +12,11 @@ MODELS = {
 
 
 def run(ctx: Context) -> None:
+    from utils.evaluation.benchmarks import benchmark_stored
+    from utils.evaluation.generation import generate_stored
     from utils.evaluation.order import order_stored
     from utils.evaluation.perplexity import evaluate_stored
+    from utils.evaluation.published import compared
     from utils.run.artifacts import write_json
 
     models = {name: ctx.read(artefact) for name, artefact in MODELS.items()}
@@ -27,7 +30,24 @@ def run(ctx: Context) -> None:
         records=ctx.write("evaluation_records"),
         stop=ctx.stop,
     )
-    preserved = order_stored(
+    results["benchmarks"] = benchmark_stored(
+        ctx.config,
+        models=models,
+        tokenizer=ctx.read("tokenizer"),
+        cache=ctx.folders.cache,
+        state=ctx.state / "benchmarks",
+        records=ctx.write("benchmark_records"),
+        stop=ctx.stop,
+    )
+    results["generation"] = generate_stored(
+        ctx.config,
+        models=models,
+        tokenizer=ctx.read("tokenizer"),
+        test_tokens=ctx.read("test_tokens"),
+        records=ctx.write("generation_records"),
+        stop=ctx.stop,
+    )
+    results["order_preservation"] = order_stored(
         ctx.config,
         ctx.seed,
         models=models,
@@ -35,17 +55,23 @@ def run(ctx: Context) -> None:
         tokenizer=ctx.read("tokenizer"),
         test_tokens=ctx.read("test_tokens"),
     )
-    write_json(ctx.write("evaluation_results"), results | {"order_preservation": preserved})
+    results["published_values"] = compared(ctx.config.model.name, results)
+    write_json(ctx.write("evaluation_results"), results)
 
 
 STAGE = Stage(
     number=4,
     name="evaluate",
-    purpose="measure the perplexity of all models on the same tokens",
+    purpose="measure perplexity, benchmarks and generated text of all models",
     reads=(*MODELS.values(), "order", "tokenizer", "unigram_counts", "test_tokens"),
-    writes={"evaluation_records": "records.jsonl", "evaluation_results": "evaluation_results.json"},
+    writes={
+        "evaluation_records": "records.jsonl",
+        "benchmark_records": "benchmark_records.jsonl",
+        "generation_records": "generation_records.jsonl",
+        "evaluation_results": "evaluation_results.json",
+    },
     config_keys=("evaluate", "compute", "model.name", "data.sequence_length"),
-    version=2,
+    version=3,
     run=run,
 )
 

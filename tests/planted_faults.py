@@ -338,7 +338,7 @@ PLANTS: list[tuple[str, Plant, str]] = [
     ("packages", unreadable_requirements, "environment.sh: found no line "),
     ("presets", broken_preset, "training.stepps: unknown key; did you mean 'training.steps'?"),
     ("presets", broken_cluster, "network: found 'sometimes', expected: "),
-    ("presets", no_clusters, "found 10 presets and 0 clusters in "),
+    ("presets", no_clusters, "found 11 presets and 0 clusters in "),
     ("file systems", replace_copies_over, "replacing a file: a reader sees the old file change"),
     ("file systems", replace_copies_anew, "replacing a file: found a copy with 'new', expected the renamed file itself"),
     ("file systems", replace_copies_folders, "replacing a folder: found a copy with ['new'], expected the renamed folder itself"),

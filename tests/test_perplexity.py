@@ -14,17 +14,9 @@ from transformers import PreTrainedModel
 from configs.schema import Evaluate, Experiment
 from tests.builders import VOCABULARY, small_model, token_folder
 from utils.data.tokens import Tokens
-from utils.evaluation.perplexity import (
-    Window,
-    batches,
-    by_document,
-    evaluate_model,
-    evaluate_stored,
-    summarise,
-    unigram_nll,
-    window_nll,
-    windows,
-)
+from utils.evaluation import perplexity
+from utils.evaluation.perplexity import by_document, evaluate_stored, rounding, score_windows, summarise, unigram_nll, window_losses
+from utils.evaluation.windows import Window, batches, first_windows, sample, windows
 from utils.models.likelihood import mean_nll
 from utils.models.loading import save_model
 from utils.run.errors import StoppedInTime, WorkFailed
@@ -64,8 +56,21 @@ def slow_nll(model: PreTrainedModel, document: list[int], context: int, stride: 
     return losses
 
 
+def window_nll(model: PreTrainedModel, batch: list[Window]) -> list[float]:
+    return window_losses(model, batch, "fp32").sum(dim=1).tolist()
+
+
+@torch.no_grad()
+def slow_first(model: PreTrainedModel, ids: list[int]) -> list[float]:
+    """Losses of all tokens but the first, nothing in front."""
+    if len(ids) < 2:
+        return []
+    logits = model(torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
+    return [-float(logits[place, token]) for place, token in enumerate(ids[1:])]
+
+
 def score(model: PreTrainedModel, tokens: Tokens, how: Evaluate, path: Path) -> list[dict]:
-    return by_document(tokens, evaluate_model(model, windows(tokens, how), how, "fp32", path, Stop(), "test"))
+    return by_document(tokens, score_windows(model, windows(tokens, how), how.batch_size, "fp32", path, Stop(), "test"))
 
 
 @pytest.mark.parametrize(("context", "stride"), SPECS)
@@ -97,10 +102,10 @@ def test_losses_equal_a_loop_over_tokens(
 
 def test_padding_has_no_effect(model: PreTrainedModel) -> None:
     short, long = Window(0, np.array([0, 5, 9]), 2), Window(1, np.arange(60), 7)
-    alone = [*window_nll(model, [short], "fp32"), *window_nll(model, [long], "fp32")]
-    assert window_nll(model, [short, long], "fp32") == pytest.approx(alone, rel=1e-5)
+    alone = [*window_nll(model, [short]), *window_nll(model, [long])]
+    assert window_nll(model, [short, long]) == pytest.approx(alone, rel=1e-5)
     ones = [Window(number, np.array([0, number]), 1) for number in range(1, 5)]
-    assert window_nll(model, ones, "fp32") == pytest.approx([slow_nll(model, [number], 64, 8)[0] for number in range(1, 5)], rel=1e-5)
+    assert window_nll(model, ones) == pytest.approx([slow_nll(model, [number], 64, 8)[0] for number in range(1, 5)], rel=1e-5)
 
 
 def test_batches_hold_every_window_and_pad_little(split: Tokens) -> None:
@@ -113,14 +118,24 @@ def test_batches_hold_every_window_and_pad_little(split: Tokens) -> None:
 
 def test_the_mean_is_over_tokens_and_not_over_documents() -> None:
     rows = [
-        {"document": 0, "subset": "a", "bytes": 1, "nll": 10.0, "tokens": 1},
-        {"document": 1, "subset": "b", "bytes": 1, "nll": 8.0, "tokens": 4},
-        {"document": 2, "subset": "b", "bytes": 1, "nll": 0.0, "tokens": 5},
+        {"subset": "a", "bytes": 2, "nll": 10.0, "tokens": 1, "reference_nll": 0.0, "reference_tokens": 0},
+        {"subset": "b", "bytes": 8, "nll": 8.0, "tokens": 4, "reference_nll": 6.0, "reference_tokens": 3},
+        {"subset": "b", "bytes": 5, "nll": 0.0, "tokens": 5, "reference_nll": 1.0, "reference_tokens": 4},
     ]
     summary = summarise(rows)
     assert {name: entry["loss"] for name, entry in summary.items()} == {"all": 1.8, "a": 10.0, "b": pytest.approx(8 / 9)}
-    assert summary["all"] == {"loss": 1.8, "perplexity": math.exp(1.8), "total_tokens": 10, "documents": 3}
-    hopeless = summarise([{"subset": "a", "nll": 1e6, "tokens": 1}])["all"]
+    assert summary["all"] == {
+        "loss": 1.8,
+        "perplexity": math.exp(1.8),
+        "total_tokens": 10,
+        "bits_per_byte": 18.0 / math.log(2) / 15,
+        "total_bytes": 15,
+        "documents": 3,
+        "reference_protocol": {"loss": 1.0, "perplexity": math.e, "total_tokens": 7},
+    }
+    assert summary["a"]["reference_protocol"] == {"loss": None, "perplexity": None, "total_tokens": 0}
+    hopeless = summarise([rows[0] | {"nll": 1e6, "bytes": 0}])["all"]
+    assert hopeless["bits_per_byte"] is None
     assert math.isfinite(hopeless["perplexity"])  # strict JSON knows no infinity
 
 
@@ -158,7 +173,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(model: PreTrainedMo
 
     path = tmp_path / "resumed.jsonl"
     with pytest.raises(StoppedInTime):
-        evaluate_model(model, windows(split, how), how, "fp32", path, After(), "test")
+        score_windows(model, windows(split, how), how.batch_size, "fp32", path, After(), "test")
     assert len(path.read_text().splitlines()) == 2 * how.batch_size
     with path.open("a") as handle:
         handle.write('{"document": 3, "nl')  # torn by a power loss
@@ -200,8 +215,53 @@ def test_stored_models_are_evaluated_on_identical_tokens(split: Tokens, tiny: Ex
         assert entry["total_tokens"] == sum(LENGTHS) == len(flat)
         assert entry["loss"] == pytest.approx(sum(flat) / len(flat), rel=1e-5)
         assert entry["perplexity"] == pytest.approx(math.exp(entry["loss"]))
+        assert entry["bits_per_byte"] == pytest.approx(sum(flat) / math.log(2) / (10 * len(flat)), rel=1e-5)
+        first = [loss for document in DOCUMENTS for loss in slow_first(model, document[: tiny.evaluate.context])]
+        assert entry["reference_protocol"]["total_tokens"] == len(first) == sum(max(0, min(size, 33) - 1) for size in LENGTHS)
+        assert entry["reference_protocol"]["loss"] == pytest.approx(sum(first) / len(first), rel=1e-5)
         code = [loss for document, subset in zip(losses, SUBSETS, strict=True) if subset == "code" for loss in document]
         assert entry["by_subset"]["code"]["loss"] == pytest.approx(sum(code) / len(code), rel=1e-5)
     assert results["metadata"]["unigram_loss"] == unigram_nll(train.counts(VOCABULARY), split, VOCABULARY)
-    assert results["metadata"]["seed"] == 7
+    assert results["metadata"]["seed"] == 7 and results["rounding"] == {}
     json.dumps(results, allow_nan=False)
+
+
+def test_the_references_windows_start_at_the_document(split: Tokens) -> None:
+    cut = first_windows(split, spec(8, 3))
+    assert [(window.document, window.ids.tolist()) for window in cut] == [
+        (number, document[:8]) for number, document in enumerate(DOCUMENTS) if len(document) > 1
+    ]
+    assert all(window.scored == len(window.ids) - 1 for window in cut)
+
+
+def test_a_sample_is_spread_and_has_no_window_twice(split: Tokens) -> None:
+    cut = windows(split, spec(8, 3))
+    chosen = sample(cut, 3)
+    assert [id(window) for window in chosen] == [id(cut[place]) for place in (0, round((len(cut) - 1) / 2), len(cut) - 1)]
+    assert sample(cut, 1000) == cut and sample(cut, 0) == []
+
+
+def test_what_bf16_changes_is_measured_and_said_if_it_is_much(split: Tokens) -> None:
+    cut = windows(split, spec(33, 16))
+    model, rough = small_model(scale=0.02), small_model(scale=3.0)
+    exact = [window_losses(model, [window], "fp32") for window in cut]
+    bf16 = [window_losses(model, [window], "bf16") for window in cut]
+    found = rounding(model, cut, 4, Stop())
+    changes = [float((one - other).sum()) for one, other in zip(bf16, exact, strict=True)]
+    assert found["tokens"] == sum(LENGTHS) and found["windows"] == len(cut)
+    assert found["mean_difference"] == pytest.approx(sum(changes) / sum(LENGTHS), abs=1e-6)
+    means = [abs(change) / window.scored for change, window in zip(changes, cut, strict=True)]
+    assert found["largest_difference"] == pytest.approx(max(means), abs=1e-5)
+    tokens = max(float((one - other).abs().max()) for one, other in zip(bf16, exact, strict=True))
+    assert found["largest_difference_of_a_token"] == pytest.approx(tokens, abs=1e-5)
+    assert found["flag"] is None
+    much = rounding(rough, cut, 4, Stop())
+    assert abs(much["mean_difference"]) > 0.01 and "bf16 moves the loss by" in much["flag"]
+
+
+def test_logits_are_formed_for_scored_tokens_alone(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    plain = perplexity.token_nll
+    monkeypatch.setattr(perplexity, "token_nll", lambda hidden, *rest: seen.append(len(hidden)) or plain(hidden, *rest))
+    window_losses(model, [Window(0, np.arange(30), 7), Window(1, np.arange(9), 8)], "fp32")
+    assert seen == [15]

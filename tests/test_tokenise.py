@@ -174,7 +174,7 @@ def test_a_local_folder_serves_as_published_model(published: Experiment, tmp_pat
     own = Tokenizer.from_file(str(tmp_path / "published" / "tokenizer.json"))
     assert Tokens(content / "tokens" / "test").documents()[0].tolist() == own.encode(TEXTS[100]).ids
     base = base_cache(published, tmp_path / "cache", content, Stop())
-    assert read_json(base / "origin.json") == {"name": published.model.name, "commit": "local"}
+    assert read_json(base / "origin.json") == {"name": published.model.name, "commit": "local", "earlier_commits": {}}
     ids = torch.arange(20)[None]
     assert torch.equal(load_model(base / "model")(ids).logits, small_model()(ids).logits)
     assert len(feed_forward(load_model(base / "model"))) == 2

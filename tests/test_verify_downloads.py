@@ -35,7 +35,7 @@ assert STUDY.data.files
 PILE = of_entry(STUDY.data.files.test[0])[0]
 NAMES = [
     *("cache folder", "network", "hub", "token", "disk", "model files", "tokenizer", "text files"),
-    *("first rows", "fallback", "offline use", "small model"),
+    *("first rows", "fallback", "benchmarks", "offline use", "small model"),
 ]
 TEXT = "def Monotone(x):\n    return x  # größer, 漢字"
 ROWS = zstandard.compress(b'{"text": "a row", "meta": {"pile_set_name": "Pile-CC"}}\n' * 3)
@@ -74,7 +74,8 @@ def verdicts(said: str) -> dict[str, str]:
 
 
 def look(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, str], str]:
-    code = main(options)
+    """Without benchmarks, which test_benchmarks.py fetches: their reader goes its own way to the hub."""
+    code = main(["--set", "evaluate.benchmarks=[]", *options])
     said = capsys.readouterr()
     return code, verdicts(said.out), said.out + said.err
 
@@ -82,7 +83,7 @@ def look(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[s
 def test_quick_on_a_good_network(study: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     code, found, said = look(capsys)
     assert code == 0 and list(found) == NAMES
-    assert found == dict.fromkeys(NAMES, "ok") | {"fallback": "skip", "offline use": "warn"}
+    assert found == dict.fromkeys(NAMES, "ok") | {"fallback": "skip", "benchmarks": "skip", "offline use": "warn"}
     assert f"{STUDY.model.name} at {STUDY.model.revision[:12]}: " in said
     assert "subset of the first row train: Pile-CC, validation: Pile-CC, test: Pile-CC" in said
     assert said.rstrip().endswith("setup can get what it needs: bash run_all.sh --config pythia-1.4b")
@@ -100,7 +101,7 @@ def test_full_then_offline(study: Hub, capsys: pytest.CaptureFixture[str]) -> No
     assert "allenai/c4@main: the hub has no such repository" in said
     study.down()
     code, found, said = look(capsys, "--offline")
-    skipped = dict.fromkeys(("network", "hub", "token", "fallback"), "skip")
+    skipped = dict.fromkeys(("network", "hub", "token", "fallback", "benchmarks"), "skip")
     assert (code, found) == (0, dict.fromkeys(NAMES, "ok") | skipped), said
     assert "all here with the hub's hashes" in said
 
@@ -320,7 +321,7 @@ def test_a_wrong_configuration_is_refused(capsys: pytest.CaptureFixture[str]) ->
 
 def test_as_a_user_types_it(study: Hub, tmp_path: Path) -> None:
     environment = os.environ | study.environment | {"SCRATCH": str(tmp_path)}
-    command = [sys.executable, "verify_downloads.py", "--offline"]
+    command = [sys.executable, "verify_downloads.py", "--offline", "--set", "evaluate.benchmarks=[]"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "no    model files: model EleutherAI/pythia-1.4b@fedc38a16eea3bd36a96b906d78d11d2ce18ed79 was not fetched before" in done.stderr

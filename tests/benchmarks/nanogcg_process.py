@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, set_seed
 
 try:
     import scipy.stats  # noqa: F401
@@ -24,9 +26,7 @@ except ImportError:  # nanoGCG names it, and uses it for probe sampling alone, w
     sys.modules["scipy.stats"].spearmanr = None  # type: ignore[attr-defined]
 
 import nanogcg
-import transformers
 from nanogcg import gcg
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, set_seed
 
 
 def sync() -> None:

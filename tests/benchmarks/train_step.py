@@ -28,9 +28,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 
 from configs.schema import Compute, Monotone, Training
+from tests.builders import non_negative_start
 from utils.data.tokens import PackedBatches, Tokens
 from utils.models.blocks import compiles
-from utils.models.constraints import Constraint, non_negative_start
+from utils.models.constraints import Constraint
 from utils.models.ffn import set_activation
 from utils.models.loading import as_teacher, autocast, load_model, save_model
 from utils.run.preemption import Stop

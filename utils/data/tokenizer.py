@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.schema import Model
 from utils.run.errors import InputError
+from utils.run.gguf import gguf_file
 from utils.run.hub import model_folder
 from utils.run.preemption import Stop
 
@@ -39,9 +40,13 @@ def fetch_tokenizer(model: Model, cache: Path, stop: Stop, folder: Path) -> int:
     """Save the tokenizer of a published model to `folder`; returns the id of its end-of-text token."""
     from transformers import AutoTokenizer
 
-    source, _ = model_folder(model, cache, stop)
+    if model.source == "gguf":
+        path = gguf_file(model.name)
+        source, inside = path.parent, {"gguf_file": path.name}
+    else:
+        source, inside = model_folder(model, cache, stop)[0], {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, **inside)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({str(error).splitlines()[0]}); "
@@ -63,8 +68,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def published_identity(model: Model) -> dict[str, Any]:
-    """What identifies a published model, for the cache: name and revision, and for a local folder its files."""
+    """What identifies a published model, for the cache: name and revision, and for a local folder or file what is there."""
     folder = Path(model.name)
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    files = [gguf_file(model.name)] if model.source == "gguf" else files
     local = {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     return {"name": model.name, "revision": model.revision, "files": local}

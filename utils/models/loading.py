@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import struct
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from configs.schema import Compute, Model, Scratch
 from utils.models import activations, gated  # noqa: F401 - make our activations and architectures loadable by name
-from utils.run.artifacts import published
+from utils.run.artifacts import file_digest, published
 from utils.run.errors import InputError
+from utils.run.gguf import gguf_file
 from utils.run.hub import model_folder
 from utils.run.preemption import Stop
 
@@ -76,6 +79,22 @@ def _read(source: Path | str, **options: Any) -> PreTrainedModel:
     return model
 
 
+def _read_gguf(path: Path) -> PreTrainedModel:
+    """The weights of a GGUF file, unpacked into a plain model of its architecture."""
+    packed = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    try:
+        found = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, **packed)
+    except (*UNREADABLE, LookupError, struct.error) as error:  # what its reader raises for a file of another kind, or a torn one
+        raise InputError(f"{path}: expected a GGUF file of an architecture that transformers knows: {str(error).splitlines()[0]}") from None
+    plain = AutoModelForCausalLM.from_config(type(found.config).from_dict(_unpacked(found.config)), dtype=torch.float32)
+    plain.load_state_dict(found.state_dict())
+    return plain.eval()
+
+
+def _unpacked(config: PretrainedConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key not in ("quantization_config", "_name_or_path")}
+
+
 def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Write config.json and the weights that run as safetensors, under the published names of the architecture."""
     with published(folder) as aside:
@@ -110,7 +129,11 @@ def scratch_model(shape: Scratch, end_of_text: int) -> PreTrainedModel:
 
 
 def fetch_pretrained(model: Model, cache: Path, stop: Stop) -> tuple[PreTrainedModel, str]:
-    """A published checkpoint (hub name or local folder) in fp32, and the commit it resolved to ('local' for a folder)."""
+    """A published checkpoint (hub name, local folder or GGUF file) in fp32, and the commit it resolved to ('local' for a folder, the
+    file's SHA-256 for a GGUF file)."""
+    if model.source == "gguf":
+        path = gguf_file(model.name)
+        return _read_gguf(path), f"sha256 {file_digest(path)}"
     folder, commit = model_folder(model, cache, stop)
     try:
         return _read(folder, local_files_only=True).eval(), commit

@@ -36,9 +36,9 @@ class Loss(nn.Module):
         if layerwise:
             return layerwise_loss(self.model, run.models[1], ids[:, :-1], run.precision), torch.full((2,), torch.nan, device=ids.device)
         inputs, targets, goal = ids[:, :-1], ids[:, 1:].flatten(), None
-        if run.spec.distillation:
+        if run.teacher is not None and run.spec.distillation:
             with torch.no_grad():
-                goal = (last_hidden(run.models[1], inputs, run.precision), run.models[1].get_output_embeddings())
+                goal = (last_hidden(run.teacher, inputs, run.precision), run.teacher.get_output_embeddings())
         hidden = last_hidden(self.model, inputs, run.precision)
         head, dtype = self.model.get_output_embeddings(), product_dtype(run.precision)
         return mixed_loss(hidden, head, targets, dtype, goal, run.spec.distillation if goal else 0.0, run.compiled)

@@ -9,6 +9,7 @@ from configs.schema import Model
 from utils.models.loading import fetch_pretrained
 from utils.run import hub
 from utils.run.checks import Finding
+from utils.run.gguf import gguf_file
 from utils.run.hub import MODEL_FILES, Repository
 from utils.verify.look import Look, faults
 
@@ -20,6 +21,9 @@ def model_files(look: Look) -> Finding:
     """The revision holds a configuration, a tokenizer and all weights as safetensors; fetched and compared with --full."""
     repository = look.model
     if repository is None:
+        if look.config.model.source == "gguf":
+            path = gguf_file(look.config.model.name)
+            return "ok", f"{path} is here, {path.stat().st_size / 1e9:.2f} GB"
         if look.config.model.source == "pretrained":
             return _model_folder(Path(look.config.model.name))
         return "skip", "the base model is pretrained here"
@@ -60,13 +64,16 @@ def tokenizer(look: Look) -> Finding:
         return "skip", "the tokenizer is trained here"
     from transformers import AutoTokenizer
 
-    folder = Path(look.config.model.name)
+    folder, inside = Path(look.config.model.name), {}
+    if look.config.model.source == "gguf":
+        path = gguf_file(look.config.model.name)
+        folder, inside = path.parent, {"gguf_file": path.name}
     if repository := look.model:
         names = look.listing(repository).matching(TOKENIZER_FILES)
         if look.mode == "offline" and (fault := faults(look, repository, look.listing(repository), names)):
             return "no", fault
         folder = next(iter(hub.fetch(repository, names, look.root, look.stop).paths.values())).parent
-    words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    words = AutoTokenizer.from_pretrained(folder, local_files_only=True, **inside)
     text = "def Monotone(x):\n    return x  # größer, 漢字"
     if words.eos_token_id is None:
         return "no", "it has no end-of-text token, which stands between documents"

@@ -1,0 +1,65 @@
+"""Converted models write text in plain transformers: in memory, and in a fresh process from their folders alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from configs.schema import Monotone
+from tests.architectures import GATED, PLAIN, VOCABULARY, architecture
+from tests.fake_stages import ROOT
+from utils.models.convert import convert
+from utils.models.loading import save_model
+
+IDS = torch.randint(1, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
+NEW = 12
+NEEDED = {"relu": "", "keep": "", "clamped_gelu": "import utils.models.activations", "drelu": "import utils.models.gated"}
+CASES = [(kind, "mlp_both", activation) for kind in PLAIN for activation in ("relu", "clamped_gelu")]
+CASES += [(kind, "gated_all", activation) for kind in GATED for activation in ("relu", "drelu")]
+FRESH = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+{imports}
+ids, folders, new = json.loads(sys.argv[1])
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    made = model.generate(torch.tensor(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+    print(json.dumps(made.tolist()))
+"""
+
+
+def converted(kind: str, scope: str, activation: str) -> PreTrainedModel:
+    spec = {"scope": scope, "activation": activation, "recentre": scope == "mlp_both"}
+    return convert(architecture(kind, seed=(*PLAIN, *GATED).index(kind)), Monotone.model_validate(spec), IDS)[0]
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel) -> list[list[int]]:
+    """The likeliest token again and again, the whole text read anew each time; end-of-text (0) is not allowed."""
+    ids = IDS
+    for _ in range(NEW):
+        ids = torch.cat([ids, 1 + model(ids, use_cache=False).logits[:, -1, 1:].argmax(dim=-1, keepdim=True)], dim=1)
+    return ids.tolist()
+
+
+@pytest.mark.parametrize("activation", sorted({activation for _, _, activation in CASES}))
+def test_a_stored_model_goes_on_as_the_one_in_memory(activation: str, tmp_path: Path) -> None:
+    """For every architecture that has an adapter; with the one import that the manual names for the activation, and none for ReLU."""
+    models = {kind: converted(kind, scope, named) for kind, scope, named in CASES if named == activation}
+    expected = {kind: greedy(model) for kind, model in models.items()}
+    assert len({str(rows) for rows in expected.values()}) == len(models)  # none of them says the same
+    for kind, model in models.items():
+        made = model.generate(IDS, do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, pad_token_id=0, use_cache=True)
+        assert made.tolist() == expected[kind], kind
+        save_model(model, tmp_path / kind)
+    asked = json.dumps([IDS.tolist(), [str(tmp_path / kind) for kind in models], NEW])
+    command = [sys.executable, "-c", FRESH.format(imports=NEEDED[activation]), asked]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
+    assert dict(zip(models, map(json.loads, printed), strict=True)) == expected

@@ -355,9 +355,24 @@ class UAT(Section):
     search_texts: Positive
     select_texts: Positive = Field(description="texts that choose among the restarts")
     report_texts: Positive = Field(description="texts of the reported numbers")
-    candidates: Positive = Field(description="first-order candidates re-scored exactly, per position")
-    sweeps: Positive = Field(description="at most so many passes over the positions")
-    restarts: Positive
+    candidates: Positive = Field(
+        description="first-order candidates raced per position; after a sweep without a gain the next ones in rank are taken"
+    )
+    sweeps: Positive = Field(description="passes over the positions; all of them are made, so that every search costs the same")
+    restarts: Positive = Field(description="searches from different random triggers; one more without gradient is the control")
+    gradients: Positive = Field(
+        2,
+        description="gradients averaged for a position: one at the trigger, the others with random tokens in that position",
+    )
+    beam: Positive = Field(2, description="triggers kept from position to position")
+    race_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5,
+        description="successive halving: all candidates are scored on four texts, this share of them on eight, this share of those on "
+        "sixteen, and so on up to all search texts; 1 scores all candidates on all texts",
+    )
+    mode: Literal["ids", "text"] = Field(
+        "ids", description="text: only triggers that, in front of every search text, survive decoding and encoding again"
+    )
     controls: Positive = Field(4, description="random triggers of the same length")
     seed: Count = Field(0, description="of the attack; separate from the training seed and the same for every model")
 
@@ -370,6 +385,9 @@ class HotFlip(Section):
     scored_tokens: Positive = Field(description="untouched tokens after the prefix, the only ones scored")
     flips: Positive = Field(description="budget per text")
     candidates: Positive = Field(description="first-order candidates re-scored exactly, per flip")
+    gradients: Positive = Field(4, description="gradients averaged for a flip: one at the text, the others with random tokens around")
+    mode: Literal["ids", "text"] = Field("ids", description="text: only flips whose whole text survives decoding and encoding again")
+    longer_texts: Positive = Field(8, description="of the texts the first so many are also attacked with ten times the candidates")
     batch_size: Positive = Field(8, description="texts attacked together")
     random_draws: Positive = Field(4, description="random-flip control: draws per text and number of flips")
     threshold_nats: Annotated[float, Field(gt=0)] = Field(

@@ -7,13 +7,15 @@ MODELS = {"base": "base_model", "baseline": "baseline_model", "monotonic": "mono
 
 
 def run(ctx: Context) -> None:
-    from utils.attacks.uat import attack_stored
+    from utils.attacks.trigger_study import attack_stored
     from utils.run.artifacts import write_json, write_text
 
     results, table = attack_stored(
         ctx.config,
         ctx.seed,
         models={name: ctx.read(artefact) for name, artefact in MODELS.items()},
+        earlier_models=ctx.read("earlier_models"),
+        validation_tokens=ctx.read("validation_tokens"),
         texts=ctx.read("attack_texts"),
         tokenizer=ctx.read("tokenizer"),
         state=ctx.state,
@@ -28,9 +30,10 @@ STAGE = Stage(
     number=5,
     name="uat",
     purpose="search universal adversarial triggers and report them on held-out texts",
-    reads=(*MODELS.values(), "attack_texts", "tokenizer"),
+    reads=(*MODELS.values(), "earlier_models", "validation_tokens", "attack_texts", "tokenizer"),
     writes={"uat_records": "records.jsonl", "uat_results": "uat_results.json", "learned_triggers": "learned_triggers.csv"},
-    config_keys=("uat", "compute"),
+    config_keys=("uat", "compute", "hotflip.seed", "data.sequence_length", "evaluate.batch_size"),
+    version=2,
     run=run,
 )
 

@@ -1,4 +1,4 @@
-"""Stage 6: HotFlip, exact greedy flips scored on untouched tokens, beside random flips."""
+"""Stage 6: HotFlip, exact greedy flips scored on untouched tokens, beside its controls: random, without gradient, transferred, longer."""
 
 from stages.pipeline import main
 from utils.run.stage import Context, Stage
@@ -7,14 +7,17 @@ MODELS = {"base": "base_model", "baseline": "baseline_model", "monotonic": "mono
 
 
 def run(ctx: Context) -> None:
-    from utils.attacks.hotflip import attack_stored
+    from utils.attacks.flip_study import attack_stored
     from utils.run.artifacts import write_json
 
     results = attack_stored(
         ctx.config,
         ctx.seed,
         models={name: ctx.read(artefact) for name, artefact in MODELS.items()},
+        earlier_models=ctx.read("earlier_models"),
+        validation_tokens=ctx.read("validation_tokens"),
         texts=ctx.read("attack_texts"),
+        tokenizer=ctx.read("tokenizer"),
         state=ctx.state,
         records=ctx.write("hotflip_records"),
         stop=ctx.stop,
@@ -26,9 +29,10 @@ STAGE = Stage(
     number=6,
     name="hotflip",
     purpose="flip tokens greedily and score the untouched ones",
-    reads=(*MODELS.values(), "attack_texts"),
+    reads=(*MODELS.values(), "earlier_models", "validation_tokens", "attack_texts", "tokenizer"),
     writes={"hotflip_records": "records.jsonl", "hotflip_results": "hotflip_results.json"},
-    config_keys=("hotflip", "compute"),
+    config_keys=("hotflip", "compute", "data.sequence_length", "evaluate.batch_size"),
+    version=2,
     run=run,
 )
 

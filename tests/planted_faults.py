@@ -30,7 +30,7 @@ from utils.models import convert
 from utils.models.constraints import Constraint
 from utils.training import optim
 from utils.training.checkpoint import Checkpoints
-from utils.verify import child, conversion, disk, machine, packages, repetition, report, tokens
+from utils.verify import attack, child, conversion, disk, machine, packages, repetition, report, tokens
 
 Patch = pytest.MonkeyPatch
 Plant = Callable[[Patch, Path], object]
@@ -276,7 +276,7 @@ def attack_that_boasts(patch: Patch, folder: Path) -> None:
 
 
 def chance_as_good(patch: Patch, folder: Path) -> None:
-    patch.setattr(hotflip, "random_control", lambda *arguments: [15.0] * 8)
+    patch.setattr(attack, "random_control", lambda *arguments: [15.0] * 8)
 
 
 def blank_figure(patch: Patch, folder: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from configs.schema import Experiment, HotFlip
+from configs.schema import HotFlip
 from tests.tiny_models import VOCABULARY, Planted, blind_model, deaf_model, random_ids, random_model, slow_nll
-from utils.attacks.hotflip import Attack, attack_batch, attack_model, attack_rows, paired_tests, random_control, summarise
+from utils.attacks.controls import random_contexts
+from utils.attacks.flip_records import random_control
+from utils.attacks.hotflip import REPLACED, WIDER, Attack, FlipSearch, rank_correlation, replay
+from utils.attacks.referee import Referee
 from utils.attacks.scoring import Scorer, allowed_tokens, first_order_candidates
 from utils.data.attack_texts import Alphabet
-from utils.models.loading import load_model
-from utils.run.errors import StoppedInTime
-from utils.run.preemption import Stop
 
 PREFIX, SCORED = 8, 6
 ALPHABET = Alphabet(0, VOCABULARY, (0,))
@@ -39,15 +38,16 @@ def model() -> PreTrainedModel:
     return random_model()
 
 
-@pytest.fixture(scope="module")
-def texts() -> list[dict[str, Any]]:
-    return [
-        {"id": f"attack-{number}", "subset": "prose", "ids": ids[1:]} for number, ids in enumerate(random_ids(5, PREFIX + SCORED).tolist())
-    ]
-
-
 def attacked(model: PreTrainedModel, ids: Tensor, **settings: Any) -> list[Attack]:
-    return attack_batch(Scorer(model, "fp32"), ids, spec(**settings), ALLOWED)
+    return run(Scorer(model, "fp32"), ids, spec(**settings))
+
+
+def run(scorer: Scorer, ids: Tensor, settings: HotFlip, gradient: bool = True) -> list[Attack]:
+    return FlipSearch(scorer, settings, ALLOWED, gradient=gradient).run(ids, [f"attack-{number}" for number in range(len(ids))])
+
+
+def final(ids: Tensor, attacks: list[Attack]) -> Tensor:
+    return torch.stack([replay(text, attack.flips, 3)[-1] for text, attack in zip(ids, attacks, strict=True)])
 
 
 def test_a_planted_weakness_is_found_within_the_budget() -> None:
@@ -60,39 +60,43 @@ def test_a_planted_weakness_is_found_within_the_budget() -> None:
 
 
 def test_the_decoy_would_win_without_exact_scores() -> None:
+    """It is the only candidate, and does nothing; the key is found in the wider round, with all of whose candidates the work is counted."""
     planted = Planted({2: 11})
     scorer, ids = Scorer(planted.model, "fp32"), planted.texts(1, PREFIX, SCORED)
     slope = scorer.gradient(ids, SCORED, slice(1, 1 + PREFIX))[0]
     assert first_order_candidates(scorer, slope, ids[0, 1 : 1 + PREFIX], ALLOWED, 2).tolist() == [[2, Planted.DECOY], [2, 11]]
-    (one_shot,) = attacked(planted.model, ids, flips=1, candidates=1)
-    assert (one_shot.flips, one_shot.nll) == ([], [one_shot.nll[0]] * 2)
+    (attack,) = attacked(planted.model, ids, flips=1, candidates=1)
+    assert [(flip["position"], flip["new"]) for flip in attack.flips] == [(2, 11)]
+    assert (attack.wider_rounds, attack.evaluations, attack.stuck) == (1, 1 + WIDER, False)
 
 
 def test_a_spent_weakness_ends_the_attack() -> None:
     """One key and a budget of four: a single flip, and the curve goes on flat."""
     planted = Planted({2: 11})
     (attack,) = attacked(planted.model, planted.texts(1, PREFIX, SCORED), flips=4)
-    assert len(attack.flips) == 1
-    assert attack.nll == pytest.approx([planted.nll(0)] + 4 * [planted.nll(1)], abs=1e-4)
-    assert attack.flips[0]["predicted"] == pytest.approx(planted.strength * (1 - 1 / VOCABULARY), rel=1e-4)
+    assert (len(attack.flips), attack.wider_rounds, attack.stuck) == (1, 1, True)
+    assert attack.curve(4) == pytest.approx([planted.nll(0)] + 4 * [planted.nll(1)], abs=1e-4)
+    assert (attack.forwards, attack.backwards) == (1 + 6 + 6 + 6 * WIDER, 2 * 4)
+    assert attack.flips[0]["predicted"] == pytest.approx(planted.strength * (1 - 1 / VOCABULARY), rel=0.02)
 
 
 def test_a_deaf_model_is_not_attacked() -> None:
     """Its loss is the same for every text: no flip is accepted, and the random control is exactly zero."""
     ids = random_ids(3, PREFIX + SCORED)
     scorer = Scorer(deaf_model(), "fp32")
-    for attack, row in zip(attack_batch(scorer, ids, spec(), ALLOWED), ids, strict=True):
+    for attack, row in zip(run(scorer, ids, spec()), ids, strict=True):
         assert attack.flips == []
-        assert len(set(attack.nll)) == 1
-        assert random_control(scorer, row, "attack-0", spec(), ALLOWED) == [attack.nll[0]] * 3
+        assert attack.curve(3) == 4 * attack.nll
+        assert attack.zero_gradient == 1.0
+        assert random_control(Referee(scorer.model), row, "attack-0", spec(), ALLOWED) == [attack.nll[0]] * 3
 
 
 def test_a_blind_model_is_attacked_next_to_the_scored_tokens_alone() -> None:
     ids = random_ids(3, PREFIX + SCORED)
     scorer = Scorer(blind_model(), "fp32")
-    attacks = attack_batch(scorer, ids, spec(), ALLOWED)
+    attacks = run(scorer, ids, spec())
     assert {flip["position"] for attack in attacks for flip in attack.flips} <= {PREFIX - 1}
-    clean, after = scorer.token_nll(ids, SCORED), scorer.token_nll(torch.stack([attack.ids for attack in attacks]), SCORED)
+    clean, after = scorer.token_nll(ids, SCORED), scorer.token_nll(final(ids, attacks), SCORED)
     assert torch.equal(clean[:, 1:], after[:, 1:])
 
 
@@ -122,7 +126,7 @@ def test_the_curve_never_falls_and_is_the_truth(model: PreTrainedModel) -> None:
             replayed[1 + flip["position"]] = flip["new"]
             curve.append(slow_nll(model, replayed, SCORED))
         assert attack.nll[: len(curve)] == pytest.approx(curve, rel=1e-5)
-        assert attack.ids.tolist() == replayed
+        assert replay(torch.tensor(text), attack.flips, 5)[-1].tolist() == replayed
         assert replayed[0] == 0
         assert replayed[-SCORED:] == text[-SCORED:]
         assert len({flip["position"] for flip in attack.flips}) == len(attack.flips) > 0
@@ -131,8 +135,8 @@ def test_the_curve_never_falls_and_is_the_truth(model: PreTrainedModel) -> None:
 def test_flips_do_more_than_chance(model: PreTrainedModel) -> None:
     ids = random_ids(4, PREFIX + SCORED, seed=2)
     scorer = Scorer(model, "fp32")
-    for number, (attack, row) in enumerate(zip(attack_batch(scorer, ids, spec(), ALLOWED), ids, strict=True)):
-        assert attack.nll[-1] > max(random_control(scorer, row, f"attack-{number}", spec(), ALLOWED))
+    for number, (attack, row) in enumerate(zip(run(scorer, ids, spec()), ids, strict=True)):
+        assert attack.nll[-1] > max(random_control(Referee(scorer.model), row, f"attack-{number}", spec(), ALLOWED))
 
 
 def test_random_control_scores_the_drawn_texts(model: PreTrainedModel) -> None:
@@ -140,125 +144,99 @@ def test_random_control_scores_the_drawn_texts(model: PreTrainedModel) -> None:
     (row,) = random_ids(1, PREFIX + SCORED)
     only = torch.zeros(VOCABULARY, dtype=torch.bool)
     only[9] = True
-    found = random_control(Scorer(model, "fp32"), row, "attack-0", spec(flips=PREFIX), only)
+    found = random_control(Referee(model), row, "attack-0", spec(flips=PREFIX), only)
     assert found == pytest.approx([slow_nll(model, [0, *[9] * PREFIX, *row.tolist()[-SCORED:]], SCORED)] * 3, rel=1e-5)
 
 
 def test_batching_does_not_change_an_attack(model: PreTrainedModel) -> None:
     ids = random_ids(4, PREFIX + SCORED, seed=4)
     together = attacked(model, ids)
-    alone = [attacked(model, row[None])[0] for row in ids]
-    assert [attack.ids.tolist() for attack in together] == [attack.ids.tolist() for attack in alone]
+    search = FlipSearch(Scorer(model, "fp32"), spec(), ALLOWED)
+    alone = [search.run(row[None], [f"attack-{number}"])[0] for number, row in enumerate(ids)]
+    assert torch.equal(final(ids, together), final(ids, alone))
 
 
 def test_both_arms_get_the_same_budget() -> None:
-    """Texts x (1 clean + flips x candidates) forwards and texts x flips backwards, whatever the model."""
+    """Texts x (1 clean + flips x candidates) forwards and texts x flips x gradients backwards, whatever the model."""
     ids, spent = random_ids(3, PREFIX + SCORED, seed=2), []
     for seed in (0, 1):
         scorer = Scorer(random_model(seed), "fp32")
-        attacks = attack_batch(scorer, ids, spec(), ALLOWED)
+        attacks = run(scorer, ids, spec())
         assert not any(attack.stuck for attack in attacks)
         spent.append((scorer.forwards, scorer.backwards))
-    assert spent == [(3 * (1 + 3 * 6), 3 * 3)] * 2
+        assert sum(attack.flops for attack in attacks) == scorer.work.flops
+        assert sum(attack.forwards for attack in attacks) == scorer.forwards
+        assert sum(attack.backwards for attack in attacks) == scorer.backwards
+    assert spent == [(3 * (1 + 3 * 6), 3 * 3 * 4)] * 2
 
 
-def test_reference_criterion_scores_the_flipped_tokens(model: PreTrainedModel, texts: list[dict[str, Any]]) -> None:
-    rows = attack_rows(Scorer(model, "fp32"), "base", texts, 0, spec(), ALLOWED)
-    for row, text in zip(rows, texts, strict=True):
-        changed = [0, *text["ids"]]
-        assert row["reference_clean"] == pytest.approx(slow_nll(model, changed, PREFIX + SCORED), rel=1e-5)
-        for flip in row["flips"]:
-            changed[1 + flip["position"]] = flip["new"]
-        assert row["reference_attacked"] == pytest.approx(slow_nll(model, changed, PREFIX + SCORED), rel=1e-5)
-        assert row["nll"][0] == pytest.approx(slow_nll(model, [0, *text["ids"]], SCORED), rel=1e-5)
+def test_without_a_gradient_none_is_taken(model: PreTrainedModel) -> None:
+    """The same number of evaluations at every flip; the candidates are those of the text and the flip, not of the model."""
+    ids = random_ids(3, PREFIX + SCORED, seed=2)
+    scorer = Scorer(model, "fp32")
+    attacks = run(scorer, ids, spec(), gradient=False)
+    assert scorer.backwards == 0
+    for attack in attacks:
+        assert attack.evaluations == 3 * 6 + attack.wider_rounds * 6 * WIDER
+        assert (attack.backwards, attack.zero_gradient) == (0, None)
+        assert "predicted" not in attack.flips[0]
+    assert [attack.flips for attack in attacks] != [attack.flips for attack in run(scorer, ids, spec())]
 
 
-@pytest.mark.parametrize("cut", [0, 1, 400, 0.3, 0.55, 0.99, 1.0])
-def test_interruption_changes_nothing(model: PreTrainedModel, texts: list[dict[str, Any]], tmp_path: Path, cut: float) -> None:
-    """The file is cut anywhere, in the middle of a line or of a batch; what is done again is the same, byte for byte."""
-    path = tmp_path / "records.jsonl"
-    straight = attack_model(model, "base", texts, ALPHABET, spec(), "fp32", path, Stop())
-    data = path.read_bytes()
-    path.write_bytes(data[: int(cut * len(data)) if isinstance(cut, float) else cut])
-    assert attack_model(model, "base", texts, ALPHABET, spec(), "fp32", path, Stop()) == straight
-    assert path.read_bytes() == data
+def test_a_search_without_gradient_finds_what_brute_force_finds(model: PreTrainedModel) -> None:
+    """With all substitutions as candidates, in any order."""
+    ids, everything = random_ids(2, 2 + SCORED, seed=1), spec(prefix_tokens=2, flips=1, candidates=2 * VOCABULARY)
+    scorer = Scorer(model, "fp32")
+    by_chance, by_gradient = run(scorer, ids, everything, gradient=False), run(scorer, ids, everything)
+    assert [attack.nll[-1] for attack in by_chance] == pytest.approx([attack.nll[-1] for attack in by_gradient])
+    assert [attack.evaluations for attack in by_chance] == [attack.evaluations for attack in by_gradient]
 
 
-def test_a_request_to_stop_is_heard_between_batches(model: PreTrainedModel, texts: list[dict[str, Any]], tmp_path: Path) -> None:
-    class After(Stop):
-        """Asks to stop at the second look."""
-
-        looks = 0
-
-        def requested(self) -> bool:
-            self.looks += 1
-            self.reason = "signal SIGTERM" if self.looks == 2 else None
-            return super().requested()
-
-    path = tmp_path / "records.jsonl"
-    with pytest.raises(StoppedInTime, match="signal SIGTERM"):
-        attack_model(model, "base", texts, ALPHABET, spec(), "fp32", path, After())
-    assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["attack-0", "attack-1"]
-    assert len(attack_model(model, "base", texts, ALPHABET, spec(), "fp32", path, Stop())) == 5
+def test_what_the_gradient_foretells_is_recorded(model: PreTrainedModel) -> None:
+    """Predicted gain and rank correlation of the first flip, again by hand from gradient and exact scores."""
+    ids, scorer = random_ids(1, PREFIX + SCORED, seed=5), Scorer(model, "fp32")
+    (attack,) = run(scorer, ids, spec(candidates=12, gradients=1))
+    slope = scorer.gradient(ids, SCORED, slice(1, 1 + PREFIX))[0]
+    edits = first_order_candidates(scorer, slope, ids[0, 1 : 1 + PREFIX], ALLOWED, 12).tolist()
+    table = scorer.embeddings
+    predicted = [float(slope[place] @ (table[token] - table[ids[0, 1 + place]])) for place, token in edits]
+    true = [slow_nll(model, [*ids[0, : 1 + place].tolist(), token, *ids[0, 2 + place :].tolist()], SCORED) for place, token in edits]
+    ranks = [np.argsort(np.argsort(values)) for values in (predicted, true)]
+    flip = attack.flips[0]
+    assert flip["rank_correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert flip["predicted"] == pytest.approx(predicted[int(np.argmax(true))], rel=1e-4)
+    assert attack.zero_gradient == 0.0
 
 
-def rows_of(rises: list[float], reference: list[float]) -> list[dict[str, Any]]:
-    return [
-        {
-            "nll": [2.0, 2.0 + rise / 2, 2.0 + rise],
-            "flips": [{}, {}],
-            "random_nll": [2.1, 2.3],
-            "reference_clean": 4.0,
-            "reference_attacked": 4.0 * ratio,
-        }
-        for rise, ratio in zip(rises, reference, strict=True)
-    ]
+def test_gradients_are_averaged_over_random_contexts(model: PreTrainedModel) -> None:
+    """Drawn for the text and the flip: the first flip's candidates by hand. Places that are not replaced keep their tokens."""
+    ids, scorer = random_ids(1, PREFIX + SCORED, seed=5), Scorer(model, "fp32")
+    written = random_contexts(0, ("context", "attack-0", 0), 3, PREFIX, REPLACED, np.arange(1, VOCABULARY))
+    copies = ids.repeat(4, 1)
+    for copy_, row in zip(copies[1:], written.tolist(), strict=True):
+        for place, token in enumerate(row):
+            copy_[1 + place] = token if token >= 0 else ids[0, 1 + place]
+    slope = scorer.gradient(copies, SCORED, slice(1, 1 + PREFIX)).mean(dim=0)
+    edits = first_order_candidates(scorer, slope, ids[0, 1 : 1 + PREFIX], ALLOWED, 6)
+    scores = scorer.edited_nll(ids, torch.zeros(6, dtype=torch.long), 1 + edits[:, :1], edits[:, 1:], SCORED)
+    (attack,) = run(scorer, ids, spec(flips=1))
+    assert [attack.flips[0]["position"], attack.flips[0]["new"]] == edits[int(scores.argmax())].tolist()
+    assert 0.3 < float((written >= 0).mean()) < 0.9
 
 
-def test_summary_by_hand() -> None:
-    summary = summarise(rows_of([0.05, 0.2, 0.35], [1.1, 1.2, 1.3]), spec(flips=2, threshold_nats=0.1))
-    assert summary["avg_degradation"] == pytest.approx(0.2)
-    assert summary["std_degradation"] == pytest.approx(0.15)
-    assert summary["success_rate"] == pytest.approx(2 / 3)
-    assert (summary["avg_orig_loss"], summary["avg_attack_loss"]) == pytest.approx((2.0, 2.2))
-    assert summary["random_degradation"] == pytest.approx(0.2)
-    assert summary["rise_by_flips"] == pytest.approx([0.0, 0.1, 0.2])
-    assert summary["reference_criterion"]["success_rate"] == pytest.approx(2 / 3)
-    assert summary["reference_criterion"]["mean_relative_rise"] == pytest.approx(0.2)
-    assert (summary["mean_flips"], summary["num_samples"], summary["num_oom_skipped"]) == (2.0, 3, 0)
-    assert summarise(rows_of([0.2], [1.1]), spec(flips=2))["std_degradation"] == 0.0
+def test_rank_correlation_of_nothing_is_unknown() -> None:
+    assert rank_correlation(np.array([1.0, 1.0, 1.0]), np.array([1.0, 2.0, 3.0])) is None
+    assert rank_correlation(np.array([1.0, 2.0]), np.array([1.0, 2.0])) is None
+    assert rank_correlation(np.array([1.0, 5.0, 2.0]), np.array([0.1, 0.9, 0.3])) == pytest.approx(1.0)
 
 
-@pytest.mark.integration
-def test_stored_results_follow_from_the_stored_models(finished: Path, tiny: Experiment, stage_folder: Any) -> None:
-    """The reference's fields; and every attacked text, replayed by plain transformers on the stored model, has the loss reported."""
-    folder = stage_folder(finished, 6)
-    results = json.loads((folder / "hotflip_results.json").read_text())
-    assert set(results["attack_config"]) >= {"num_flips", "num_samples", "success_threshold"}
-    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    stored = json.loads((stage_folder(finished, 0) / "attack_texts.json").read_text())
-    texts = {text["id"]: text["ids"] for text in stored["sets"]["hotflip"]}
-    models = {"base": (0, "base_model"), "baseline": (2, "best"), "monotonic": (3, "best")}
-    for name, (number, where) in models.items():
-        mine = [row for row in rows if row["model"] == name]
-        assert [row["text"] for row in mine] == list(texts)
-        model = load_model(stage_folder(finished, number) / where)
-        for row in mine:
-            ids = [stored["alphabet"]["end_of_text"], *texts[row["text"]]]
-            for flip in row["flips"]:
-                ids[1 + flip["position"]] = flip["new"]
-            assert row["nll"][-1] == pytest.approx(slow_nll(model, ids, tiny.hotflip.scored_tokens), rel=1e-4)
-        facts = results["results"][f"{name}_pythia"]
-        assert facts["avg_degradation"] == pytest.approx(np.mean([row["nll"][-1] - row["nll"][0] for row in mine]))
-        assert facts["model_name"] == name
-
-
-def test_paired_tests_against_scipy_and_by_hand() -> None:
-    rises = {"baseline": [0.1, 0.5, 0.6, 0.7, 0.2], "monotonic": [0.1, 0.3, 0.1, 0.8, 0.1]}
-    made = [{"model": name, "nll": [1.0, 1.0 + rise]} for name, values in rises.items() for rise in values]
-    tests = paired_tests(made, "baseline", "monotonic", 0.4)
-    assert tests["mean_difference"] == pytest.approx(-0.14)
-    assert (tests["success_of_baseline_only"], tests["success_of_monotonic_only"], tests["mcnemar_p_value"]) == (2, 0, 0.5)
-    assert tests["wilcoxon_p_value"] == pytest.approx(2 * 3 / 16)  # 3 of 16 sign patterns give a sum of positive ranks up to 1.5
-    same = paired_tests([{"model": name, "nll": [1.0, 2.0]} for name in ("a", "b") for _ in range(3)], "a", "b", 0.4)
-    assert (same["wilcoxon_p_value"], same["mcnemar_p_value"]) == (1.0, 1.0)
+@pytest.mark.parametrize("gradient", [True, False])
+def test_goes_on_from_any_flip(model: PreTrainedModel, gradient: bool) -> None:
+    """What is stored after a flip is enough to end where the straight search ends."""
+    ids, names = random_ids(3, PREFIX + SCORED, seed=2), ["a", "b", "c"]
+    stored: list[list[Attack]] = []
+    search = FlipSearch(Scorer(model, "fp32"), spec(), ALLOWED, gradient=gradient)
+    straight = search.run(ids, names, after_flip=lambda attacks: stored.append(copy.deepcopy(attacks)))
+    assert [max(len(attack.flips) for attack in attacks) for attacks in stored] == [1, 2, 3]
+    for attacks in stored:
+        assert search.run(ids, names, attacks) == straight

@@ -19,9 +19,9 @@ from utils.data.tokens import Tokens
 VOCABULARY = 40
 
 
-def random_model(seed: int = 0, spread: float = 0.16) -> PreTrainedModel:
+def random_model(seed: int = 0, spread: float = 0.16, vocabulary: int = VOCABULARY) -> PreTrainedModel:
     """Two layers of width 16. `spread` is the size of the initial weights; large ones make tokens matter as in a trained model."""
-    config = small_config(vocab_size=VOCABULARY, intermediate_size=32, initializer_range=spread)
+    config = small_config(vocab_size=vocabulary, intermediate_size=32, initializer_range=spread)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -34,7 +34,7 @@ from tests.benchmarks.attack_bench import GOALS, ROUNDS, SHAPES, Bench, matmul_r
 from tests.benchmarks.attack_rivals import NanoGCG, one_at_a_time, one_shot
 from tests.benchmarks.attack_suffix import SuffixSearch, part_a, suffix_task
 from utils.attacks import edits
-from utils.attacks.hotflip import attack_batch
+from utils.attacks.hotflip import FlipSearch, replay
 from utils.attacks.race import race
 from utils.attacks.scoring import Scorer, first_order_candidates, in_format
 from utils.attacks.uat import with_trigger
@@ -142,7 +142,8 @@ def race_quality(bench: Bench, found: dict[str, Any]) -> None:
 
 def exact_flips(bench: Bench, texts: Tensor, spec: HotFlip) -> Tensor:
     """texts (B, T) -> (B, T) with the flips that the search found."""
-    return torch.stack([attack.states[-1] for attack in attack_batch(bench.fast, texts, spec, bench.allowed)])
+    found = FlipSearch(bench.fast, spec, bench.allowed).run(texts, [str(number) for number in range(len(texts))])
+    return torch.stack([replay(text, attack.flips, spec.flips)[-1] for text, attack in zip(texts, found, strict=True)])
 
 
 def part_c(bench: Bench) -> None:

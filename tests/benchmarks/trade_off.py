@@ -25,11 +25,14 @@ from configs.presets import load
 from configs.schema import Experiment
 from stages.pipeline import run_each, stages
 from tests.benchmarks.trade_off_table import table
-from utils.attacks.hotflip import attack_model
+from utils.attacks.flip_records import FlipAttacks
 from utils.attacks.matched import matched_controls
-from utils.attacks.scoring import Scorer, allowed_tokens
-from utils.attacks.uat import TriggerSearch, text_tensor
-from utils.data.attack_texts import read_attack_texts
+from utils.attacks.referee import Referee
+from utils.attacks.round_trip import RoundTrip
+from utils.attacks.trigger_records import find_trigger, text_tensor
+from utils.attacks.uat import with_trigger
+from utils.data.attack_texts import Alphabet, read_attack_texts
+from utils.data.tokenizer import load_tokenizer
 from utils.data.tokens import Tokens
 from utils.evaluation.order import order_stored
 from utils.evaluation.perplexity import by_document, evaluate_model, windows
@@ -180,24 +183,26 @@ class Bench:
         return {str(row["document"]): [row["nll"], row["tokens"]] for row in by_document(test, rows)}
 
     def _flips(self, name: str, model: Any) -> dict[str, list[float]]:
-        sets, alphabet = read_attack_texts(self.setup / "attack_texts.json")
-        spec, path = self.config.hotflip, self.place / f"flips_{name}.jsonl"
-        rows = attack_model(model, name, sets["hotflip"], alphabet, spec, self.config.compute.precision, path, self.stop)
+        attack = FlipAttacks(model, name, *self._words(), self.config.hotflip, self.config.compute.precision, self.place, self.stop)
+        rows = attack.hotflip(self._texts()["hotflip"])
         return {row["text"]: [row["nll"][0], row["nll"][-1], row["reference_attacked"] / row["reference_clean"] - 1] for row in rows}
 
     def _trigger(self, model: Any) -> dict[str, float]:
         """One search, its own for each seed; clean and attacked loss on the held-out texts."""
-        sets, alphabet = read_attack_texts(self.setup / "attack_texts.json")
         spec = self.config.uat.model_copy(update={"seed": self.task.seed, "restarts": 1})
-        scorer = Scorer(model, self.config.compute.precision)
-        allowed = allowed_tokens(model.config.vocab_size, alphabet.writable(), scorer.device)
-        search = TriggerSearch(scorer, spec, alphabet.end_of_text, allowed)
-        texts = {name: text_tensor(sets[name], scorer.device) for name in ("search", "select", "report")}
-        found = search.run(texts["search"], texts["select"], self.place / "trigger.json", lambda steps: None)
-        search.scorer = Scorer(model, "fp32")
-        return {
-            kind: float(search.nll(trigger, texts["report"]).mean()) for kind, trigger in (("clean", []), ("attacked", found["trigger"]))
-        }
+        (alphabet, words), sets = self._words(), self._texts()
+        path, precision = self.place / "trigger.json", self.config.compute.precision
+        found = find_trigger(model, "best", sets, alphabet, words, spec, precision, path, self.stop)
+        referee, texts = Referee(model), text_tensor(sets["report"], model.device)
+        triggers = {"clean": [], "attacked": found["trigger"]}
+        ids = {kind: with_trigger(alphabet.end_of_text, trigger, texts) for kind, trigger in triggers.items()}
+        return {kind: float(referee.nll(own, texts.shape[1]).mean()) for kind, own in ids.items()}
+
+    def _texts(self) -> dict[str, list[dict[str, Any]]]:
+        return read_attack_texts(self.setup / "attack_texts.json")[0]
+
+    def _words(self) -> tuple[Alphabet, RoundTrip]:
+        return read_attack_texts(self.setup / "attack_texts.json")[1], RoundTrip(load_tokenizer(self.setup / "tokenizer"))
 
     def _order(self) -> dict[str, Any]:
         models = {"arm": self.place / "best", "control": self._control()}

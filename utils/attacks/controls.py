@@ -1,4 +1,7 @@
-"""What chance does: random flips, random triggers, and a neutral trigger. The same for every model, drawn from the attack's seed."""
+"""What needs no gradient: random flips, random substitutions, random triggers, and a neutral trigger.
+
+All are drawn from the attack's seed and from what they are for, and are the same for every model.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,32 @@ def random_flips(seed: int, text_id: str, draws: int, flips: int, places: int, a
     random = _generator(seed, "flips", text_id)
     where = np.stack([random.choice(places, flips, replace=False) for _ in range(draws)])
     return np.stack([where, random.choice(allowed, (draws, flips))], axis=2)
+
+
+def random_substitutions(
+    seed: int, key: tuple[str | int, ...], count: int, current: NDArray[np.int64], free: NDArray[np.int64], allowed: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(count, 2) of (place, token): distinct pairs, uniform over the places `free` and the tokens `allowed` (sorted) but the current one.
+
+    current (E,) are the ids at all places. Fewer come back where there are no more.
+    """
+    others = len(allowed) - 1
+    drawn = _generator(seed, *key).choice(len(free) * others, min(count, len(free) * others), replace=False)
+    places, ranks = free[drawn // others], drawn % others
+    return np.stack([places, allowed[ranks + (ranks >= np.searchsorted(allowed, current[places]))]], axis=1)
+
+
+def random_contexts(
+    seed: int, key: tuple[str | int, ...], copies: int, places: int, share: float, allowed: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(copies, places) of tokens to write, each place with the probability `share`; -1 where the token stays."""
+    random = _generator(seed, *key)
+    return np.where(random.random((copies, places)) < share, random.choice(allowed, (copies, places)), -1)
+
+
+def random_order(seed: int, key: tuple[str | int, ...], count: int) -> NDArray[np.int64]:
+    """A permutation of `count` items."""
+    return _generator(seed, *key).permutation(count)
 
 
 def random_trigger(seed: int, number: int, length: int, allowed: NDArray[np.int64], purpose: str) -> list[int]:

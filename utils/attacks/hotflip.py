@@ -3,206 +3,246 @@
 A text is a prefix, whose tokens may be flipped, and a continuation, which alone is scored and never touched. The scored
 index set is therefore one and the same for the clean and the attacked text and for every model (Ebrahimi et al. 2018,
 arXiv 1712.06751, scored the attacked input of a classifier; scoring flipped tokens of an LM would reward rare tokens).
+
+B texts, T tokens of each with end-of-text, E tokens of the prefix, n candidates, d width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from configs.schema import Experiment, HotFlip
-from utils.attacks.controls import random_flips
-from utils.attacks.scoring import ADMITTED, Scorer, allowed_tokens, first_order_candidates
-from utils.data.attack_texts import Alphabet, read_attack_texts
-from utils.models.loading import device_of, load_model
-from utils.run.preemption import Stop
-from utils.run.progress import Progress
-from utils.run.records import Records, Row, grouped, read_rows, write_rows
+from configs.schema import HotFlip
+from utils.attacks.controls import random_contexts, random_substitutions
+from utils.attacks.round_trip import RoundTrip, first_kept
+from utils.attacks.scoring import ADMITTED, Scorer, first_order_candidates
 
-UNIT = "nats per untouched token"
+REPLACED = 0.6  # share of the prefix tokens that are random in the further gradients
+WIDER = 4  # times the candidates, once, for a text that finds no gain among the first ones
 
 
 @dataclass
 class Attack:
-    """One text under attack. `nll[k]` is the mean over the untouched tokens after k flips, nats per token."""
+    """One text under attack, as it is stored after every flip. `nll[k]`: nats per untouched token after k flips.
 
-    ids: Tensor  # (1 + prefix + scored,), end-of-text first
+    A flip is {position, old, new}, with a gradient also its `predicted` gain and the rank correlation of predicted and true gains
+    of all candidates that were scored for it.
+    """
+
     nll: list[float]
     flips: list[dict[str, Any]] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)  # ids after 0, 1, ... flips
     evaluations: int = 0  # candidates scored
+    backwards: int = 0  # gradients taken
+    flops: int = 0
+    wider_rounds: int = 0
+    zero_gradient: float | None = None  # share of the clean text's prefix tokens whose gradient is exactly zero
     stuck: bool = False
 
+    @property
+    def forwards(self) -> int:
+        """Sequences scored: the clean text and the candidates."""
+        return 1 + self.evaluations
 
-def attack_batch(scorer: Scorer, ids: Tensor, spec: HotFlip, allowed: Tensor) -> list[Attack]:
-    """Attack the texts ids (B, 1 + prefix + scored). A text stops early when no candidate raises its loss."""
-    clean = scorer.nll(ids, spec.scored_tokens).tolist()
-    attacks = [Attack(row.clone(), [nll], states=[row]) for row, nll in zip(ids, clean, strict=True)]
-    for _ in range(spec.flips):
-        live = [attack for attack in attacks if not attack.stuck]
-        if not live:
-            break
-        _flip_each(scorer, live, spec, allowed)
-    for attack in attacks:
-        attack.nll += [attack.nll[-1]] * (spec.flips + 1 - len(attack.nll))
-        attack.states += [attack.states[-1]] * (spec.flips + 1 - len(attack.states))
-    return attacks
+    def curve(self, budget: int) -> list[float]:
+        """Losses after 0, 1, ... `budget` flips; flat where the attack ended."""
+        return self.nll + self.nll[-1:] * (budget + 1 - len(self.nll))
 
 
-def _flip_each(scorer: Scorer, attacks: Sequence[Attack], spec: HotFlip, allowed: Tensor) -> None:
-    """Give every text its best flip among the first-order candidates, all candidates of all texts scored together."""
-    editable = slice(1, 1 + spec.prefix_tokens)
-    slopes = scorer.gradient(torch.stack([attack.ids for attack in attacks]), spec.scored_tokens, editable)
-    proposals = [_proposals(scorer, attack, slope, spec, allowed) for attack, slope in zip(attacks, slopes, strict=True)]
-    counts = [len(places) for places in proposals]
-    places, tokens = torch.cat(proposals).T
-    which = torch.repeat_interleave(torch.tensor(counts)).to(scorer.device)
-    texts = torch.stack([attack.ids for attack in attacks])
-    scores = scorer.edited_nll(texts, which, 1 + places[:, None], tokens[:, None], spec.scored_tokens).split(counts)
-    for attack, proposed, nll, slope in zip(attacks, proposals, scores, slopes, strict=True):
-        attack.evaluations += len(nll)
-        best = int(nll.argmax()) if len(nll) else -1
-        if best < 0 or float(nll[best]) <= attack.nll[-1] + ADMITTED:
-            attack.stuck = True
-            continue
-        place, token = proposed[best].tolist()
-        old = int(attack.ids[1 + place])
-        change = scorer.embeddings[token] - scorer.embeddings[old]
-        attack.flips.append({"position": place, "old": old, "new": token, "predicted": float(slope[place] @ change)})
-        attack.ids[1 + place] = token
-        attack.nll.append(float(nll[best]))
-        attack.states.append(attack.ids.clone())
+@dataclass
+class Ranking:
+    """Substitutions of one text, the most promising first; the first `tried` were looked at."""
+
+    edits: Tensor  # (n, 2) of (place, token), on the CPU
+    predicted: Tensor | None = None  # (n,) first-order gains, nats per untouched token, on the CPU
+    tried: int = 0
 
 
-def _proposals(scorer: Scorer, attack: Attack, slope: Tensor, spec: HotFlip, allowed: Tensor) -> Tensor:
-    """(K, 2) of (place, token); a place is flipped once, so that k flips change k tokens."""
-    free = allowed.repeat(spec.prefix_tokens, 1)
-    free[[flip["position"] for flip in attack.flips]] = False
-    current = attack.ids[1 : 1 + spec.prefix_tokens]
-    return first_order_candidates(scorer, slope, current, free, spec.candidates)
+@dataclass
+class Target:
+    """A text as it is now. Its first `reach` ids must come back from decoding and encoding where the mode is 'text'."""
+
+    name: str
+    ids: Tensor  # (T,)
+    attack: Attack
+    reach: int = 0
 
 
-def random_control(scorer: Scorer, ids: Tensor, text_id: str, spec: HotFlip, allowed: Tensor) -> list[float]:
-    """Mean NLL of the untouched tokens after `flips` random flips, for each of the draws; ids (T,)."""
-    tokens = np.flatnonzero(allowed.cpu().numpy())
-    draws = torch.from_numpy(random_flips(spec.seed, text_id, spec.random_draws, spec.flips, spec.prefix_tokens, tokens))
-    draws = draws.to(ids.device)
-    copies = ids.repeat(spec.random_draws, 1)
-    copies.scatter_(1, 1 + draws[..., 0], draws[..., 1])
-    return scorer.nll(copies, spec.scored_tokens).tolist()
+Pair = tuple[Target, Ranking]
 
 
-def attack_rows(scorer: Scorer, name: str, texts: Sequence[Row], end_of_text: int, spec: HotFlip, allowed: Tensor) -> list[Row]:
-    """Attack a batch of texts {id, subset, ids}; one row a text with losses by number of flips and the controls.
-
-    Every loss in a row is scored in fp32, whatever precision the search ran in.
-    """
-    referee = Scorer(scorer.model, "fp32")
-    ids = torch.tensor([[end_of_text, *text["ids"]] for text in texts], device=scorer.device)
-    attacks = attack_batch(scorer, ids, spec, allowed)
-    states = torch.stack([torch.stack(attack.states) for attack in attacks])  # (B, 1 + flips, T)
-    curves = referee.nll(states.flatten(0, 1), spec.scored_tokens).view(len(attacks), -1).tolist()
-    whole = ids.shape[1] - 1
-    reference_clean, reference_attacked = (referee.nll(states[:, k], whole).tolist() for k in (0, -1))
-    return [
-        {
-            "model": name,
-            "text": text["id"],
-            "subset": text["subset"],
-            "nll": curve,
-            "flips": attack.flips,
-            "evaluations": attack.evaluations,
-            "random_nll": random_control(referee, row, text["id"], spec, allowed),
-            "reference_clean": before,
-            "reference_attacked": after,
-        }
-        for text, row, attack, curve, before, after in zip(texts, ids, attacks, curves, reference_clean, reference_attacked, strict=True)
-    ]
+def replay(ids: Tensor, flips: Sequence[dict[str, Any]], budget: int) -> Tensor:
+    """ids (T,) -> (1 + budget, T): the text after 0, 1, ... flips; the last state again where there are fewer than `budget`."""
+    states = [ids]
+    for flip in flips:
+        state = states[-1].clone()
+        state[1 + flip["position"]] = flip["new"]
+        states.append(state)
+    return torch.stack(states + states[-1:] * (budget + 1 - len(states)))
 
 
-def attack_model(
-    model: PreTrainedModel, name: str, texts: Sequence[Row], alphabet: Alphabet, spec: HotFlip, precision: str, path: Path, stop: Stop
-) -> list[Row]:
-    """Attack all texts on one model, with resume after every batch; returns the rows of the finished file."""
-    scorer = Scorer(model, precision)
-    allowed = allowed_tokens(model.config.vocab_size, alphabet.writable(), scorer.device)
-    records, groups = Records(path), grouped(texts, spec.batch_size)
-    pending = list(records.pending(groups))
-    progress = Progress(f"HotFlip on {name}", len(groups), len(groups) - len(pending))
-    for group in pending:
-        stop.check()
-        records.append(attack_rows(scorer, name, group, alphabet.end_of_text, spec, allowed))
-        progress.advance()
-    progress.close()
-    return read_rows(path)
+class FlipSearch:
+    """The search on one model. Without `gradient` its candidates are random, and all else is the same: query-only greedy search."""
+
+    def __init__(
+        self, scorer: Scorer, spec: HotFlip, allowed: Tensor, *, gradient: bool = True, round_trip: RoundTrip | None = None
+    ) -> None:
+        self.scorer, self.spec, self.allowed = scorer, spec, allowed
+        self.rank = self._by_gradient if gradient else self._by_chance
+        self.round_trip = round_trip if spec.mode == "text" else None
+        self.tokens = np.flatnonzero(allowed.cpu().numpy())
+
+    def run(
+        self,
+        ids: Tensor,
+        names: Sequence[str],
+        attacks: Sequence[Attack] = (),
+        after_flip: Callable[[list[Attack]], None] = lambda attacks: None,
+    ) -> list[Attack]:
+        """Attack the texts ids (B, T), called `names`; goes on from stored `attacks`.
+
+        A text stops early when no candidate of its second, wider round raises its loss either. `after_flip` gets all attacks after
+        every flip, and may raise.
+        """
+        attacks = list(attacks) or self._begun(ids)
+        reach = self.round_trip.reach(ids[:, 1:].tolist()) if self.round_trip else [0] * len(ids)
+        now = [replay(text, attack.flips, len(attack.flips))[-1].clone() for text, attack in zip(ids, attacks, strict=True)]
+        targets = [Target(*each) for each in zip(names, now, attacks, reach, strict=True)]
+        while live := [each for each in targets if not each.attack.stuck and len(each.attack.flips) < self.spec.flips]:
+            self._flip(live)
+            after_flip(attacks)
+        return attacks
+
+    def _begun(self, ids: Tensor) -> list[Attack]:
+        clean = self.scorer.nll(ids, self.spec.scored_tokens).tolist()
+        return [Attack([nll], flops=work.flops) for nll, work in zip(clean, self.scorer.by_text, strict=True)]
+
+    def _flip(self, targets: Sequence[Target]) -> None:
+        """One flip for every text. A text without a gain gets one wider round, and is given up after it."""
+        pairs = list(zip(targets, self.rank(targets), strict=True))
+        without = self._try(pairs, self.spec.candidates)
+        for target, _ in without:
+            target.attack.wider_rounds += 1
+        for target, _ in self._try(without, WIDER * self.spec.candidates):
+            target.attack.stuck = True
+
+    def _by_gradient(self, targets: Sequence[Target]) -> list[Ranking]:
+        """First-order gains by a gradient averaged over the text and copies of it with random tokens in the prefix.
+
+        The gradient at the text alone foretells little of what a whole substitution does (Jones et al. 2023, arXiv 2303.04381, average
+        it over random tokens at the place in question; here all places at once share the draws).
+        """
+        texts = torch.stack([target.ids for target in targets])
+        around = self._slopes(self._contexts(targets, texts).flatten(0, 1)).view(len(targets), self.spec.gradients - 1, *self._shape)
+        slopes = self._slopes(texts)
+        for target, slope, work in zip(targets, slopes, self.scorer.by_text, strict=True):
+            target.attack.backwards += self.spec.gradients
+            target.attack.flops += self.spec.gradients * work.flops
+            if target.attack.zero_gradient is None:
+                target.attack.zero_gradient = float((slope == 0).all(dim=1).double().mean())
+        averaged = (slopes + around.sum(dim=1)) / self.spec.gradients
+        return [self._first_order(target, slope) for target, slope in zip(targets, averaged, strict=True)]
+
+    def _slopes(self, ids: Tensor) -> Tensor:
+        """ids (N, T) -> (N, E, d)."""
+        if not len(ids):
+            return torch.empty(0, *self._shape, device=ids.device)
+        return self.scorer.gradient(ids, self.spec.scored_tokens, slice(1, 1 + self.spec.prefix_tokens))
+
+    def _contexts(self, targets: Sequence[Target], texts: Tensor) -> Tensor:
+        """texts (B, T) -> (B, gradients - 1, T): copies with random tokens, drawn for the text and the flip, not for the model."""
+        places, copies = self.spec.prefix_tokens, self.spec.gradients - 1
+        keys = [("context", target.name, len(target.attack.flips)) for target in targets]
+        drawn = np.stack([random_contexts(self.spec.seed, key, copies, places, REPLACED, self.tokens) for key in keys])
+        written = torch.from_numpy(drawn).to(texts.device)
+        changed = texts[:, None].repeat(1, copies, 1)
+        prefix = changed[:, :, 1 : 1 + places]
+        changed[:, :, 1 : 1 + places] = torch.where(written < 0, prefix, written)
+        return changed
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.spec.prefix_tokens, self.scorer.embeddings.shape[1]
+
+    def _first_order(self, target: Target, slope: Tensor) -> Ranking:
+        """A place is flipped once, so that k flips change k tokens; slope (E, d)."""
+        free = self.allowed.repeat(self.spec.prefix_tokens, 1)
+        free[[flip["position"] for flip in target.attack.flips]] = False
+        current = target.ids[1 : 1 + self.spec.prefix_tokens]
+        edits = first_order_candidates(self.scorer, slope, current, free, self._pool)
+        places, tokens = edits.T
+        change = self.scorer.embeddings[tokens] - self.scorer.embeddings[current[places]]
+        return Ranking(edits.cpu(), (slope[places] * change).sum(dim=1).cpu())
+
+    def _by_chance(self, targets: Sequence[Target]) -> list[Ranking]:
+        """Random substitutions at places that were not flipped yet, drawn for the text and the flip, not for the model."""
+        rankings = []
+        for target in targets:
+            flipped = [flip["position"] for flip in target.attack.flips]
+            free = np.setdiff1d(np.arange(self.spec.prefix_tokens), flipped)
+            current = target.ids[1 : 1 + self.spec.prefix_tokens].cpu().numpy()
+            key = ("query", target.name, len(flipped))
+            rankings.append(Ranking(torch.from_numpy(random_substitutions(self.spec.seed, key, self._pool, current, free, self.tokens))))
+        return rankings
+
+    @property
+    def _pool(self) -> int:
+        return (1 + WIDER) * self.spec.candidates
+
+    def _try(self, pairs: Sequence[Pair], count: int) -> list[Pair]:
+        """Score the next `count` candidates of every text, all together; returns the pairs that found no gain among theirs."""
+        chosen = [self._next(*pair, count) for pair in pairs]
+        if not any(map(len, chosen)):
+            return list(pairs)
+        edits = [ranking.edits[rows] for (_, ranking), rows in zip(pairs, chosen, strict=True)]
+        counts = [len(each) for each in edits]
+        places, tokens = torch.cat(edits).to(self.scorer.device).T
+        which = torch.repeat_interleave(torch.tensor(counts)).to(self.scorer.device)
+        texts = torch.stack([target.ids for target, _ in pairs])
+        scores = self.scorer.edited_nll(texts, which, 1 + places[:, None], tokens[:, None], self.spec.scored_tokens).cpu().split(counts)
+        for (target, _), work in zip(pairs, self.scorer.by_text, strict=True):
+            target.attack.flops += work.flops
+        return [pair for pair, rows, nll in zip(pairs, chosen, scores, strict=True) if not _accepted(*pair, rows, nll)]
+
+    def _next(self, target: Target, ranking: Ranking, count: int) -> list[int]:
+        """Ranks of the next candidates: `count` of them, in mode 'text' the next that survive."""
+        rest = range(ranking.tried, len(ranking.edits))
+        rows = first_kept(rest, count, lambda some: self._kept(target, ranking.edits[some])) if self.round_trip else list(rest[:count])
+        ranking.tried = rows[-1] + 1 if rows else len(ranking.edits)
+        return rows
+
+    def _kept(self, target: Target, edits: Tensor) -> list[bool]:
+        assert self.round_trip
+        texts = target.ids.cpu().repeat(len(edits), 1).scatter_(1, 1 + edits[:, :1], edits[:, 1:])
+        return self.round_trip.kept(texts[:, 1:].tolist(), [target.reach] * len(edits))
 
 
-def summarise(rows: Sequence[Row], spec: HotFlip) -> dict[str, Any]:
-    """Figures of one model from its records; the reference's fields hold untouched-token losses."""
-    clean, attacked = [row["nll"][0] for row in rows], [row["nll"][-1] for row in rows]
-    rises = np.subtract(attacked, clean)
-    random_rises = np.array([np.mean(row["random_nll"]) - row["nll"][0] for row in rows])
-    reference = np.array([row["reference_attacked"] / row["reference_clean"] - 1 for row in rows])
-    return {
-        "avg_degradation": float(rises.mean()),
-        "std_degradation": float(rises.std(ddof=1)) if len(rises) > 1 else 0.0,
-        "success_rate": float((rises > spec.threshold_nats).mean()),
-        "avg_orig_loss": float(np.mean(clean)),
-        "avg_attack_loss": float(np.mean(attacked)),
-        "random_degradation": float(random_rises.mean()),
-        "rise_by_flips": (np.array([row["nll"] for row in rows]) - np.array(clean)[:, None]).mean(axis=0).tolist(),
-        "mean_flips": float(np.mean([len(row["flips"]) for row in rows])),
-        "reference_criterion": {
-            "success_rate": float((reference > spec.reference_threshold).mean()),
-            "mean_relative_rise": float(reference.mean()),
-            "note": "all tokens scored, flipped ones included, relative to the model's own clean loss; favours worse models",
-        },
-        "num_samples": len(rows),
-        "num_oom_skipped": 0,
-    }
+def _accepted(target: Target, ranking: Ranking, rows: Sequence[int], nll: Tensor) -> bool:
+    """Write the best of the scored candidates into the text if it raises the loss; nll (n,) of the candidates at these ranks."""
+    attack = target.attack
+    attack.evaluations += len(rows)
+    best = int(nll.argmax()) if rows else -1
+    if best < 0 or float(nll[best]) <= attack.nll[-1] + ADMITTED:
+        return False
+    place, token = ranking.edits[rows[best]].tolist()
+    flip = {"position": place, "old": int(target.ids[1 + place]), "new": token}
+    if ranking.predicted is not None:
+        predicted = ranking.predicted[rows]
+        flip |= {"predicted": float(predicted[best]), "rank_correlation": rank_correlation(predicted.numpy(), nll.numpy())}
+    attack.flips.append(flip)
+    attack.nll.append(float(nll[best]))
+    target.ids[1 + place] = token
+    return True
 
 
-def paired_tests(rows: Sequence[Row], first: str, second: str, threshold: float) -> dict[str, Any]:
-    """Rise of `second` minus `first` on the same texts: Wilcoxon signed-rank, and exact McNemar on success at the threshold."""
-    rise = {name: np.array([row["nll"][-1] - row["nll"][0] for row in rows if row["model"] == name]) for name in (first, second)}
-    difference = rise[second] - rise[first]
-    won, lost = (int(((rise[a] > threshold) & (rise[b] <= threshold)).sum()) for a, b in ((first, second), (second, first)))
-    return {
-        "mean_difference": float(difference.mean()),
-        "wilcoxon_p_value": float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0,
-        f"success_of_{first}_only": won,
-        f"success_of_{second}_only": lost,
-        "mcnemar_p_value": float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0,
-    }
-
-
-def attack_stored(
-    config: Experiment, seed: int, *, models: dict[str, Path], texts: Path, state: Path, records: Path, stop: Stop
-) -> dict[str, Any]:
-    """Attack stored models with the same texts and budget; write all rows to `records`; return hotflip_results.json."""
-    device, spec = device_of(config.compute), config.hotflip
-    sets, alphabet = read_attack_texts(texts)
-    rows: list[Row] = []
-    results = {}
-    for name, folder in models.items():
-        model = load_model(folder, device)
-        mine = attack_model(model, name, sets["hotflip"], alphabet, spec, config.compute.precision, state / f"{name}.jsonl", stop)
-        rows += mine
-        results[f"{name}_pythia"] = {**summarise(mine, spec), "model_name": name}
-    write_rows(records, rows)
-    attack = {"num_flips": spec.flips, "num_samples": spec.texts, "success_threshold": spec.threshold_nats}
-    return {
-        "seed": seed,
-        "attack_config": attack | spec.model_dump(mode="json"),
-        "results": results,
-        "statistical_tests": {"baseline_vs_monotonic": paired_tests(rows, "baseline", "monotonic", spec.threshold_nats)},
-        "loss_unit": UNIT,
-    }
+def rank_correlation(one: NDArray[np.floating], other: NDArray[np.floating]) -> float | None:
+    """Spearman's coefficient; None where one of them does not vary."""
+    if len(one) < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return None
+    return float(stats.spearmanr(one, other).statistic)

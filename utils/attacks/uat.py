@@ -1,35 +1,35 @@
 """Universal adversarial trigger: one token sequence that, put before any text, raises the loss of that text.
 
-Wallace et al. 2019 (arXiv 1908.07125), coordinate-wise: the gradient proposes replacements for one position, exact
-re-scoring on all search texts chooses, only an improvement is accepted. Restarts are chosen on a second set of texts, and
-the report is on a third. The trigger's own tokens are never scored.
+Wallace et al. 2019 (arXiv 1908.07125), coordinate-wise with a beam: the gradient proposes replacements for one position, exact
+re-scoring chooses, only an improvement is accepted. Candidates are raced: all are scored on a few texts, the better ones on more, and
+the final choice is on all search texts. Restarts are chosen on a second set of texts, and the report is on a third. The trigger's own
+tokens are never scored.
+
+K candidates, M texts, L tokens of the trigger, S of a text, W triggers of the beam, d width.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from configs.schema import UAT, Experiment
-from utils.attacks.controls import neutral_trigger, random_trigger
-from utils.attacks.scoring import ADMITTED, Scorer, allowed_tokens, first_order_candidates
-from utils.data.attack_texts import Alphabet, read_attack_texts
-from utils.data.tokenizer import load_tokenizer
-from utils.models.loading import device_of, load_model
+from configs.schema import UAT
+from utils.attacks.controls import random_contexts, random_order, random_substitutions, random_trigger
+from utils.attacks.race import race
+from utils.attacks.round_trip import RoundTrip, first_kept
+from utils.attacks.scoring import ADMITTED, Scorer, first_order_candidates
 from utils.run.artifacts import read_json, write_json
-from utils.run.preemption import Stop
-from utils.run.progress import Progress
-from utils.run.records import Row, write_rows
+
+DEEPER = 4  # times the candidates that are looked at for such as survive, in mode 'text'
+DRAWS = 1000  # random triggers that are looked at for one that survives
+Beam = list[dict[str, Any]]  # {trigger, objective}, best first; the objective in nats per token of the search texts
 
 
 @dataclass
@@ -39,12 +39,16 @@ class SearchState:
     restart: int = 0
     sweep: int = 0
     position: int = 0
-    trigger: list[int] = field(default_factory=list)
-    objective: float = 0.0
+    beam: Beam = field(default_factory=list)
+    by_sweep: list[float] = field(default_factory=list)  # best objective at the start and after each sweep
+    survival: float = 1.0  # share of the search texts in front of which the start survives decoding and encoding
+    stale: int = 0  # sweeps without a gain, in a row
     improved: bool = False
     finished: list[dict[str, Any]] = field(default_factory=list)
     forwards: int = 0
     backwards: int = 0
+    flops: int = 0
+    evaluations: int = 0  # candidates raced
 
     @classmethod
     def stored(cls, path: Path) -> SearchState:
@@ -59,187 +63,165 @@ def with_trigger(end_of_text: int, trigger: Sequence[int], texts: Tensor) -> Ten
 
 
 class TriggerSearch:
-    """The search on one model; texts are {id, ids} of equal length."""
+    """The search on one model; texts are {id, ids} of equal length.
 
-    def __init__(self, scorer: Scorer, spec: UAT, end_of_text: int, allowed: Tensor) -> None:
+    After `spec.restarts` restarts by gradient comes one more without: from the first one's start, with random candidates, at the same
+    number of evaluations. Every restart makes all its sweeps, so that all searches cost the same; after a sweep without a gain the
+    candidates next in rank have their turn.
+    """
+
+    def __init__(self, scorer: Scorer, spec: UAT, end_of_text: int, allowed: Tensor, round_trip: RoundTrip | None = None) -> None:
         self.scorer, self.spec, self.end_of_text, self.allowed = scorer, spec, end_of_text, allowed
+        self.round_trip = round_trip if spec.mode == "text" else None
+        self.tokens = np.flatnonzero(allowed.cpu().numpy())
 
     def nll(self, trigger: Sequence[int], texts: Tensor) -> Tensor:
         """(M,) mean NLL of each text's own tokens behind the trigger, nats per token."""
         return self.scorer.nll(with_trigger(self.end_of_text, trigger, texts), texts.shape[1])
 
     def run(self, search: Tensor, select: Tensor, path: Path, after_step: Callable[[int], None]) -> dict[str, Any]:
-        """All restarts; returns {trigger, search_nll, select_nll, restarts} of the one that is best on `select`.
+        """All restarts; returns {trigger, search_nll, select_nll, restarts, query_greedy, ...} of the one that is best on `select`.
 
         `path` keeps the state; `after_step(n)` is called after n more positions, when the state is on disk, and may raise.
         """
         state = SearchState.stored(path)
-        while state.restart < self.spec.restarts:
-            if not state.trigger:
+        while state.restart <= self.spec.restarts:
+            before = self.scorer.work
+            if not state.beam:
                 self._start(state, search)
             self._improve(state, search)
             if self._advance(state):
-                select_nll = float(self.nll(state.trigger, select).mean())
-                found = {"trigger": state.trigger, "search_nll": state.objective, "select_nll": select_nll, "sweeps": state.sweep}
+                best = state.beam[0]
+                select_nll = float(self.nll(best["trigger"], select).mean())
+                found = {"trigger": best["trigger"], "search_nll": best["objective"], "select_nll": select_nll, "by_sweep": state.by_sweep}
                 state.finished.append(found)
-                state.restart, state.sweep, state.trigger = state.restart + 1, 0, []
-            state.forwards += self.scorer.forwards
-            state.backwards += self.scorer.backwards
-            self.scorer.forwards = self.scorer.backwards = 0
+                state.restart, state.sweep, state.stale, state.beam = state.restart + 1, 0, 0, []
+            spent = self.scorer.work - before
+            state.forwards += spent.forwards
+            state.backwards += spent.backwards
+            state.flops += spent.flops
             write_json(path, asdict(state))
             after_step(1)
-        best = max(state.finished, key=lambda found: found["select_nll"])
-        return {**best, "restarts": state.finished, "forwards": state.forwards, "backwards": state.backwards}
+        *restarts, query_greedy = state.finished
+        best = max(restarts, key=lambda found: found["select_nll"])
+        work = {kind: getattr(state, kind) for kind in ("forwards", "backwards", "evaluations", "flops")}
+        return {**best, "restarts": restarts, "query_greedy": query_greedy, **work}
 
     def _start(self, state: SearchState, search: Tensor) -> None:
-        tokens = np.flatnonzero(self.allowed.cpu().numpy())
-        state.trigger = random_trigger(self.spec.seed, state.restart, self.spec.trigger_length, tokens, "start")
-        state.objective = float(self.nll(state.trigger, search).mean())
+        """A random trigger, the same for every model; in mode 'text' one that always survives, or else the one that does most often."""
+        number, trigger = state.restart % self.spec.restarts, [0]
+        state.survival = -1.0
+        for attempt in range(DRAWS if self.round_trip else 1):
+            purpose = f"start {attempt}" if attempt else "start"
+            drawn = random_trigger(self.spec.seed, number, self.spec.trigger_length, self.tokens, purpose)
+            if (share := self._survival(drawn, search)) > state.survival:
+                state.survival, trigger = share, drawn
+            if state.survival == 1.0:
+                break
+        objective = float(self.nll(trigger, search).double().mean())
+        state.beam, state.by_sweep = [{"trigger": trigger, "objective": objective}], [objective]
 
     def _improve(self, state: SearchState, search: Tensor) -> None:
-        """One position: gradient summed over the texts, best candidates scored exactly on all of them."""
-        place = state.position
-        ids = with_trigger(self.end_of_text, state.trigger, search)
-        slope = self.scorer.gradient(ids, search.shape[1], slice(1 + place, 2 + place)).sum(dim=0)  # (1, d)
-        current = torch.tensor([state.trigger[place]], device=slope.device)
-        proposed = first_order_candidates(self.scorer, slope, current, self.allowed[None], self.spec.candidates)[:, 1]
-        which = torch.arange(len(ids), device=ids.device).repeat(len(proposed))
-        tokens = proposed.repeat_interleave(len(ids))[:, None]  # (K*M, 1)
-        nll = self.scorer.edited_nll(ids, which, torch.full_like(tokens, 1 + place), tokens, search.shape[1])
-        scores = nll.view(len(proposed), -1).double().mean(dim=1)
-        best = int(scores.argmax())
-        if float(scores[best]) > state.objective + ADMITTED:
-            state.trigger[place] = int(proposed[best])
-            state.objective = float(scores[best])
+        """One position for all triggers of the beam; what is left is the best of the old ones and of the raced candidates."""
+        proposed = self._proposed(state, search)
+        state.evaluations += len(proposed)
+        if not proposed:
+            return
+        found = self._raced(state, proposed, search)
+        best = state.beam[0]
+        ranked = sorted([*state.beam, *found], key=lambda each: each["objective"], reverse=True)
+        if ranked[0]["objective"] > best["objective"] + ADMITTED:
             state.improved = True
+        else:
+            ranked = [best, *(each for each in ranked if each is not best)]
+        state.beam = ranked[: self.spec.beam]
+
+    def _proposed(self, state: SearchState, search: Tensor) -> list[tuple[int, int]]:
+        """K distinct new triggers as (place in the beam, token), the most promising first."""
+        ranked = self._by_chance(state) if state.restart == self.spec.restarts else self._by_gradient(state, search)
+        known = {tuple(each["trigger"]) for each in state.beam}
+        distinct = []
+        for entry, token in ranked:
+            trigger = tuple(self._written(state, entry, token))
+            if trigger not in known:
+                known.add(trigger)
+                distinct.append((entry, token))
+        rest = range(state.stale * self.spec.candidates, len(distinct))
+        if self.round_trip is None:
+            return [distinct[row] for row in rest[: self.spec.candidates]]
+
+        def kept(rows: Sequence[int]) -> list[bool]:
+            return [self._survival(self._written(state, *distinct[row]), search) >= state.survival for row in rows]
+
+        return [distinct[row] for row in first_kept(rest, self.spec.candidates, kept)]
+
+    def _pool(self, state: SearchState) -> int:
+        """Candidates to rank for each trigger of the beam: enough for K distinct ones behind those that had their turn."""
+        return (state.stale + (DEEPER if self.round_trip else 1)) * self.spec.candidates + self.spec.beam
+
+    def _by_gradient(self, state: SearchState, search: Tensor) -> list[tuple[int, int]]:
+        """By predicted objective: the old one and the first-order gain of the averaged gradient."""
+        place, ranked = state.position, []
+        for entry, each in enumerate(state.beam):
+            slope = self._slope(state, each["trigger"], search)
+            current = search.new_tensor(each["trigger"][place : place + 1])
+            tokens = first_order_candidates(self.scorer, slope, current, self.allowed[None], self._pool(state))[:, 1]
+            gains = (self.scorer.embeddings[tokens] - self.scorer.embeddings[current]) @ slope[0]
+            found = zip(tokens.tolist(), gains.tolist(), strict=True)
+            ranked += [(each["objective"] + gain, entry, token) for token, gain in found]
+        ranked.sort(key=lambda found: found[0], reverse=True)
+        return [(entry, token) for _, entry, token in ranked]
+
+    def _slope(self, state: SearchState, trigger: Sequence[int], search: Tensor) -> Tensor:
+        """(1, d) averaged over the search texts, behind the trigger as it is and with random tokens in the present one's place, another
+        one for each text (Jones et al. 2023, arXiv 2303.04381); drawn for the step, not for the model."""
+        place = 1 + state.position
+        ids = with_trigger(self.end_of_text, trigger, search).repeat(self.spec.gradients, 1)
+        drawn = random_contexts(self.spec.seed, ("context", state.restart, state.sweep, place), len(ids), 1, 1.0, self.tokens)
+        ids[len(search) :, place] = torch.from_numpy(drawn[len(search) :, 0]).to(ids.device)
+        return self.scorer.gradient(ids, search.shape[1], slice(place, place + 1)).mean(dim=0)
+
+    def _by_chance(self, state: SearchState) -> Iterator[tuple[int, int]]:
+        """Random tokens for the triggers of the beam in turn, drawn for the sweep and the position, not for the model."""
+        here = np.array([state.position])
+        drawn = []
+        for entry, each in enumerate(state.beam):
+            key = ("trigger query", state.sweep, state.position, entry)
+            pairs = random_substitutions(self.spec.seed, key, self._pool(state), np.array(each["trigger"]), here, self.tokens)
+            drawn.append([(entry, token) for token in pairs[:, 1].tolist()])
+        return (pair for turn in zip_longest(*drawn) for pair in turn if pair is not None)
+
+    def _raced(self, state: SearchState, proposed: Sequence[tuple[int, int]], search: Tensor) -> Beam:
+        """The candidates that reach all texts, whose order is drawn for this step."""
+        order = random_order(self.spec.seed, ("race", state.restart, state.sweep, state.position), len(search))
+        texts = with_trigger(self.end_of_text, state.beam[0]["trigger"], search[torch.from_numpy(order).to(search.device)])
+        tokens = torch.tensor([self._written(state, *each) for each in proposed], device=search.device)  # (K, L)
+        places = torch.arange(1, 1 + tokens.shape[1], device=search.device).expand_as(tokens)
+        numbers, nll = race(self.scorer, texts, places, tokens, search.shape[1], self.spec.race_share, self.spec.beam)
+        found = zip(tokens[numbers].tolist(), nll.tolist(), strict=True)
+        return [{"trigger": trigger, "objective": objective} for trigger, objective in found]
+
+    def _written(self, state: SearchState, entry: int, token: int) -> list[int]:
+        trigger = list(state.beam[entry]["trigger"])
+        trigger[state.position] = token
+        return trigger
+
+    def _survival(self, trigger: Sequence[int], texts: Tensor) -> float:
+        """Share of the texts in front of which the trigger survives; 1 of any where the mode is 'ids'."""
+        return 1.0 if self.round_trip is None else surviving_share(self.round_trip, trigger, texts.tolist())
 
     def _advance(self, state: SearchState) -> bool:
-        """Go to the next position; True when the restart is over: all sweeps done, or one without an improvement."""
+        """Go to the next position; True when all sweeps of the restart are done."""
         state.position += 1
         if state.position < self.spec.trigger_length:
             return False
-        over = not state.improved or state.sweep + 1 >= self.spec.sweeps
+        state.by_sweep.append(state.beam[0]["objective"])
+        state.stale = 0 if state.improved else state.stale + 1
         state.sweep, state.position, state.improved = state.sweep + 1, 0, False
-        return over
+        return state.sweep >= self.spec.sweeps
 
 
-def find_trigger(
-    model: PreTrainedModel, name: str, sets: dict[str, list[Row]], alphabet: Alphabet, spec: UAT, precision: str, path: Path, stop: Stop
-) -> dict[str, Any]:
-    """Search the trigger of one model on the sets 'search' and 'select' of texts, with resume."""
-    scorer = Scorer(model, precision)
-    allowed = allowed_tokens(model.config.vocab_size, alphabet.writable(), scorer.device)
-    search = TriggerSearch(scorer, spec, alphabet.end_of_text, allowed)
-    texts = {kind: text_tensor(sets[kind], scorer.device) for kind in ("search", "select")}
-    stored = SearchState.stored(path)
-    done = (stored.restart * spec.sweeps + stored.sweep) * spec.trigger_length + stored.position
-    progress = Progress(f"trigger search on {name}", spec.restarts * spec.sweeps * spec.trigger_length, done)
-
-    def after_step(positions: int) -> None:
-        progress.advance(positions)
-        stop.check()
-
-    found = search.run(texts["search"], texts["select"], path, after_step)
-    progress.close()
-    return found
-
-
-def text_tensor(texts: Sequence[Row], device: torch.device) -> Tensor:
-    """(M, S) ids of texts of equal length."""
-    return torch.tensor([text["ids"] for text in texts], device=device)
-
-
-def report_rows(model: PreTrainedModel, name: str, texts: Sequence[Row], triggers: dict[str, list[int]], end_of_text: int) -> list[Row]:
-    """Losses of every held-out text behind every trigger on one model; the empty trigger is 'clean'.
-
-    `nll` scores the text's own tokens; `nll_with_trigger` the trigger's tokens too, as the reference does. Both are scored in
-    fp32, whatever precision the search ran in.
-    """
-    scorer = Scorer(model, "fp32")
-    ids, rows = text_tensor(texts, scorer.device), []
-    for kind, trigger in triggers.items():
-        losses = scorer.token_nll(with_trigger(end_of_text, trigger, ids), len(trigger) + ids.shape[1])
-        own, whole = losses[:, len(trigger) :].mean(dim=1).tolist(), losses.mean(dim=1).tolist()
-        rows += [
-            {"model": name, "trigger": kind, "text": text["id"], "subset": text["subset"], "nll": nll, "nll_with_trigger": every}
-            for text, nll, every in zip(texts, own, whole, strict=True)
-        ]
-    return rows
-
-
-def surviving_share(tokenizer: Tokenizer, trigger: Sequence[int], texts: Sequence[Row]) -> float:
-    """Share of the texts for which trigger and text, decoded and encoded again, give the same ids."""
-    joined = [[*trigger, *text["ids"]] for text in texts]
-    encoded = tokenizer.encode_batch([tokenizer.decode(ids, skip_special_tokens=False) for ids in joined], add_special_tokens=False)
-    return sum(encoding.ids == ids for encoding, ids in zip(encoded, joined, strict=True)) / len(joined)
-
-
-def summarise(rows: Sequence[Row], model: str, trigger: str) -> dict[str, float]:
-    """Held-out losses of one trigger on one model beside the clean, neutral and random ones, nats per token of the text."""
-
-    def mean(kind: str, key: str = "nll") -> float:
-        return float(np.mean([row[key] for row in rows if row["model"] == model and row["trigger"] == kind]))
-
-    clean, attacked, neutral = mean("clean"), mean(trigger), mean("neutral")
-    random = float(np.mean([row["nll"] for row in rows if row["model"] == model and row["trigger"].startswith("random_")]))
-    return {
-        "clean_loss": clean,
-        "attacked_loss": attacked,
-        "nll_increase": attacked - clean,
-        "nll_increase_percent": 100 * (attacked / clean - 1),
-        "neutral_increase": neutral - clean,
-        "random_increase": random - clean,
-        "increase_over_neutral": attacked - neutral,
-        "reference_increase_percent": 100 * (mean(trigger, "nll_with_trigger") / clean - 1),
-    }
-
-
-def attack_stored(
-    config: Experiment, seed: int, *, models: dict[str, Path], texts: Path, tokenizer: Path, state: Path, records: Path, stop: Stop
-) -> tuple[dict[str, Any], str]:
-    """Search a trigger on every model, then report every trigger on every model.
-
-    Writes all rows to `records`; returns uat_results.json and the text of learned_triggers.csv.
-    """
-    device, spec, precision = device_of(config.compute), config.uat, config.compute.precision
-    sets, alphabet = read_attack_texts(texts)
-    words = load_tokenizer(tokenizer)
-    found = {
-        name: find_trigger(load_model(folder, device), name, sets, alphabet, spec, precision, state / f"{name}.json", stop)
-        for name, folder in models.items()
-    }
-    triggers = {"clean": [], "neutral": neutral_trigger(words, spec.trigger_length)}
-    triggers |= {name: search["trigger"] for name, search in found.items()}
-    triggers |= {
-        f"random_{number}": random_trigger(spec.seed, number, spec.trigger_length, alphabet.writable(), "control")
-        for number in range(spec.controls)
-    }
-    rows = [
-        row
-        for name, folder in models.items()
-        for row in report_rows(load_model(folder, device), name, sets["report"], triggers, alphabet.end_of_text)
-    ]
-    write_rows(records, rows)
-    results = {
-        f"{name}_pythia": {
-            "trigger_text": words.decode(search["trigger"], skip_special_tokens=False),
-            "trigger_ids": search["trigger"],
-            **summarise(rows, name, name),
-            "transfer_increase": {f"{other}_pythia": summarise(rows, other, name)["nll_increase"] for other in models},
-            "survives_retokenisation": surviving_share(words, search["trigger"], sets["report"]),
-            "search": search,
-        }
-        for name, search in found.items()
-    }
-    attack = {
-        "trigger_length": spec.trigger_length,
-        "num_iterations": spec.sweeps,
-        "num_restarts": spec.restarts,
-        "num_opt_samples": spec.search_texts,
-        "num_eval_samples": spec.report_texts,
-    }
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["model", "trigger", "nll_increase_percent"])
-    writer.writerows([name, facts["trigger_text"], facts["nll_increase_percent"]] for name, facts in results.items())
-    return {"seed": seed, "attack_config": attack | spec.model_dump(mode="json"), "results": results}, table.getvalue()
+def surviving_share(round_trip: RoundTrip, trigger: Sequence[int], texts: Sequence[Sequence[int]]) -> float:
+    """Share of the texts for which trigger and text, decoded and encoded again, give the same ids, as far as the text alone does."""
+    reach = [len(trigger) + found for found in round_trip.reach(texts)]
+    return float(np.mean(round_trip.kept([[*trigger, *ids] for ids in texts], reach)))

@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from configs.schema import HotFlip
-from utils.attacks.hotflip import attack_rows
+from utils.attacks.flip_records import random_control
+from utils.attacks.hotflip import FlipSearch
+from utils.attacks.referee import Referee
 from utils.attacks.scoring import Scorer, allowed_tokens
 from utils.run.checks import Finding
 from utils.verify.sample import END_OF_TEXT, VOCABULARY, sample_model
@@ -24,19 +26,18 @@ def attack() -> Finding:
     model, texts = weak_model(), weak_texts()
     scorer = Scorer(model, "fp32")
     allowed = allowed_tokens(VOCABULARY, np.arange(1, VOCABULARY), scorer.device)
-    given = [{"id": str(number), "subset": "", "ids": ids} for number, ids in enumerate(texts)]
-    rows = attack_rows(scorer, "planted", given, END_OF_TEXT, SPEC, allowed)
-    for row, ids in zip(rows, texts, strict=True):
-        chosen, best = [flip["new"] for flip in row["flips"]], best_flip(model, ids)
+    names = [str(number) for number in range(len(texts))]
+    ids = torch.tensor([[END_OF_TEXT, *text] for text in texts])
+    attacks = FlipSearch(scorer, SPEC, allowed).run(ids, names)
+    for found, text in zip(attacks, texts, strict=True):
+        chosen, best = [flip["new"] for flip in found.flips], best_flip(model, text)
         if chosen != [POISON] * SPEC.flips:
             return "no", f"HotFlip wrote the tokens {chosen}, expected the planted {POISON} {SPEC.flips} times"
-        if abs(row["nll"][1] - best) > ROUNDING:
-            return (
-                "no",
-                f"HotFlip's first flip reaches {row['nll'][1]:.4f} nats per token, the exhaustive search reaches {best:.4f}",
-            )
-    rise = np.mean([row["nll"][-1] - row["nll"][0] for row in rows])
-    control = np.mean([np.mean(row["random_nll"]) - row["nll"][0] for row in rows])
+        if abs(found.nll[1] - best) > ROUNDING:
+            return "no", f"HotFlip's first flip reaches {found.nll[1]:.4f} nats per token, the exhaustive search reaches {best:.4f}"
+    draws = [random_control(Referee(model), text, name, SPEC, allowed) for text, name in zip(ids, names, strict=True)]
+    clean = np.mean([found.nll[0] for found in attacks])
+    rise, control = np.mean([found.nll[-1] for found in attacks]) - clean, np.mean(draws) - clean
     if not control < rise / 2:
         return "no", f"random flips raise the loss by {control:.2f} nats per token, HotFlip by {rise:.2f}; expected less than half of it"
     return "ok", f"HotFlip finds the planted token as the exhaustive search does: {rise:.2f} nats per token, random flips {control:.2f}"

@@ -174,7 +174,7 @@ class Data(Section):
 
 
 class Monotone(Section):
-    """The constraint on the feed-forward sublayers (docs/METHOD.md). What no combination of keys can mean is refused here, what
+    """The constraint on the feed-forward sublayers (docs/DETAILS.md). What no combination of keys can mean is refused here, what
     does not fit the model before it is converted."""
 
     scope: Literal["mlp_in", "mlp_both", "mlp_in_attn_out", "gated_updown", "gated_all"] = Field(

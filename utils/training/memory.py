@@ -57,7 +57,7 @@ def measured(spec: Training, sizes: list[int], peak: Callable[[int, float], floa
             return max([sizes[0], *fitting]), share
     raise WorkFailed(
         f"a micro-batch of {sizes[0]} does not fit into the {limit:.1f} GiB that may be used; set training.micro_batch to auto and "
-        "training.recompute to 1.0, shorten data.sequence_length, or use a larger GPU or several (docs/METHOD.md)"
+        "training.recompute to 1.0, shorten data.sequence_length, or use a larger GPU or several (docs/DETAILS.md)"
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
@@ -27,6 +28,7 @@ from utils.report.attack_figures import figures
 from utils.report.examples import examples, visible
 from utils.report.figures import COLOURS, MARKERS, training_curves
 from utils.report.findings import findings
+from utils.report.numbers import Source
 from utils.report.robustness import WORST
 from utils.report.study import CONTROLS, Study
 from utils.report.summary import final_results, summary_text
@@ -240,16 +242,28 @@ def test_a_seed_may_lack_stages(tiny: Experiment, inputs: Inputs) -> None:
     assert final_results(partial)["experiment_info"]["absent"] == partial.absent
 
 
-def test_flags_are_on_top(study: Study) -> None:
+def test_flags_are_named_on_top_and_listed_at_the_end(study: Study) -> None:
     lines = summary_text(study).splitlines()
-    assert lines[2] == f"Flag (stage 6, seed 42, 43, 44): gradients are <b>tiny</b> on {HOSTILE}"
-    assert final_results(study)["key_findings"]["flags"] == [lines[2]]
+    assert lines[2].startswith("1 flag(s), listed at the end")
+    assert lines[-3:] == ["FLAGS", "-----", f"Flag (stage 6, seed 42, 43, 44): gradients are <b>tiny</b> on {HOSTILE}"]
+    assert final_results(study)["key_findings"]["flags"] == lines[-1:]
+    quiet = replace(
+        study, json={seed: {**stored, "hotflip_results": {**stored["hotflip_results"], "flags": []}} for seed, stored in study.json.items()}
+    )
+    assert "flag" not in summary_text(quiet).lower()
 
 
 def test_flags_of_the_evaluation_are_among_them(study: Study) -> None:
     stored = study.json[42]["evaluation_results"] | {"rounding": {"base": {"flag": None}, "monotonic": {"flag": "bf16 moves the loss"}}}
     made = replace(study, json={**study.json, 42: {**study.json[42], "evaluation_results": stored}})
-    assert summary_text(made).splitlines()[2] == "Flag (stage 4, seed 42): monotonic: bf16 moves the loss"
+    assert "Flag (stage 4, seed 42): monotonic: bf16 moves the loss" in summary_text(made).splitlines()
+
+
+def test_an_interval_of_a_share_stays_between_none_and_all(study: Study) -> None:
+    hits = pd.DataFrame(True, index=study.seeds, columns=[f"text-{number}" for number in range(6)])
+    hits.iloc[0] = [False, False, False, True, True, True]
+    found = robustness._rate(study, hits, "hits", Source("hotflip_records", {}, ("nll",)))
+    assert found.value == pytest.approx(15 / 18) and found.high == 1.0 and found.low is not None and 0.0 < found.low < found.value
 
 
 def test_flip_transfer_by_hand(study: Study, rows: list[dict[str, Any]]) -> None:

@@ -291,7 +291,7 @@ def test_certificate_in_words(study: Study) -> None:
 def test_summary_has_the_reference_sections_in_order(real: Study, finished: Path) -> None:
     lines = summary_text(real).splitlines()
     titles = [line for line, under in pairwise(lines) if under and set(under) == {"-"}]
-    assert titles == SECTIONS
+    assert titles == [*SECTIONS, "FLAGS"]
     stored = finished / "project" / "foundation_llm_final_results" / "tiny" / "experiment_summary.txt"
     assert stored.read_text() == summary_text(real)
     assert f"{quality.loss(real, 'baseline').count} test documents" in summary_text(real)

@@ -138,7 +138,7 @@ def transfer(table: Table) -> Figure:
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             axis.text(x, y, f"{value:.3f}", ha="center", va="center", color="white" if value <= middle else "black")
-    axis.set_xticks(range(len(sources)), [source.partition("_of_")[2] for source in sources])
+    axis.set_xticks(range(len(sources)), [source.partition("_of_")[2] for source in sources], rotation=20)
     axis.set_yticks(range(len(table.rows)), [str(row["attacked"]) for row in table.rows])
     axis.set_xlabel("found on")
     axis.set_ylabel("tried on")

@@ -46,7 +46,7 @@ def write_page(study: Study, made: list[Table], figures: Path, path: Path) -> No
     )
     text = environment.get_template("page.html.j2").render(
         title=f"{study.config.run_name}: {study.config.model.name}",
-        head=[line for line in head(study)[1:] if not line.startswith(("Flag", "Absent", " "))],
+        head=[line for line in head(study)[1:] if not line.startswith(("Absent", " ")) and "flag(s)" not in line],
         flags=flags(study),
         findings=findings(study),
         badge=BADGE,

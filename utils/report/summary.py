@@ -83,7 +83,7 @@ def _certificate(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary_text(study: Study) -> str:
-    """The reference's five sections, in nats and with intervals."""
+    """The reference's five sections, in nats and with intervals, and the flags."""
     sections = {
         "TRAINING SUMMARY": _training_lines(study),
         "PERPLEXITY EVALUATION": _perplexity_lines(study),
@@ -91,6 +91,8 @@ def summary_text(study: Study) -> str:
         "KEY FINDINGS": [finding.text for finding in findings(study)],
         "PAPER INTEGRATION (Table 7)": _paper_lines(study),
     }
+    if raised := flags(study):
+        sections["FLAGS"] = [flag.text for flag in raised]
     body = [line for title, lines in sections.items() for line in ("", title, "-" * len(title), *lines)]
     return "\n".join([*head(study), *body]) + "\n"
 
@@ -106,7 +108,8 @@ def head(study: Study) -> list[str]:
         lines.append("One seed: the intervals do not contain the spread between trainings.")
     if reason := next(iter(study.stored("setup").values()))["source"]["fallback_because"]:
         lines.append(f"FALLBACK TEXT was used (data.fallback), as the configured text could not be had: {reason}")
-    lines += [flag.text for flag in flags(study)]
+    if raised := flags(study):
+        lines.append(f"{len(raised)} flag(s), listed at the end: what the stages found suspicious about themselves.")
     if study.absent:
         lines += ["Absent:", *(f"  {line}" for line in study.absent)]
     return lines

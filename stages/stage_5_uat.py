@@ -33,7 +33,7 @@ STAGE = Stage(
     reads=(*MODELS.values(), "earlier_models", "validation_tokens", "attack_texts", "tokenizer"),
     writes={"uat_records": "records.jsonl", "uat_results": "uat_results.json", "learned_triggers": "learned_triggers.csv"},
     config_keys=("uat", "compute", "hotflip.seed", "data.sequence_length", "evaluate.batch_size"),
-    version=2,
+    version=3,
     run=run,
 )
 

@@ -32,7 +32,7 @@ STAGE = Stage(
     reads=(*MODELS.values(), "earlier_models", "validation_tokens", "attack_texts", "tokenizer"),
     writes={"hotflip_records": "records.jsonl", "hotflip_results": "hotflip_results.json"},
     config_keys=("hotflip", "compute", "data.sequence_length", "evaluate.batch_size"),
-    version=2,
+    version=3,
     run=run,
 )
 

@@ -87,9 +87,7 @@ def test_transferred_flips_are_replayed_as_ids(model: PreTrainedModel, tmp_path:
     moved = attacks(other, tmp_path, name="other").transferred({"base": rows, "other": []}, TEXTS)["transfer:base"]
     for row, source, text in zip(moved, rows, TEXTS, strict=True):
         assert (row["model"], row["attack"], row["text"]) == ("other", "transfer:base", text["id"])
-        assert row["nll"] == pytest.approx(
-            [slow_nll(other, replayed(text, source["flips"][:k]), SCORED) for k in range(FLIPS + 1)], rel=1e-5
-        )
+        assert row["nll"] == pytest.approx([slow_nll(other, replayed(text, source["flips"][:k]), SCORED) for k in (0, FLIPS)], rel=1e-5)
         assert not {"flips", "forwards", "random_nll"} & set(row)
 
 
@@ -97,7 +95,8 @@ def test_transfer_to_the_same_weights_is_the_attack(model: PreTrainedModel, tmp_
     rows = attacks(model, tmp_path).hotflip(TEXTS)
     moved = attacks(model, tmp_path, name="twin").transferred({"base": rows, "twin": rows}, TEXTS)
     assert list(moved) == ["transfer:base"]
-    assert [row["nll"] for row in moved["transfer:base"]] == [row["nll"] for row in rows]
+    for again, row in zip(moved["transfer:base"], rows, strict=True):
+        assert again["nll"] == pytest.approx([row["nll"][0], row["nll"][-1]], rel=1e-5)
 
 
 def test_a_deaf_model_shows_exactly_nothing(model: PreTrainedModel, tmp_path: Path) -> None:

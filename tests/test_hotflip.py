@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -240,3 +242,17 @@ def test_goes_on_from_any_flip(model: PreTrainedModel, gradient: bool) -> None:
     assert [max(len(attack.flips) for attack in attacks) for attacks in stored] == [1, 2, 3]
     for attacks in stored:
         assert search.run(ids, names, attacks) == straight
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_search_that_is_over_holds_no_model(gradient: bool) -> None:
+    """Without the garbage collector's help: models of several gigabytes cannot wait for it."""
+    gc.disable()
+    try:
+        scorer = Scorer(random_model(), "fp32")
+        alive = weakref.ref(scorer)
+        run(scorer, random_ids(2, PREFIX + SCORED), spec(), gradient)
+        del scorer
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -18,7 +18,7 @@ from utils.models.constraints import Constraint
 from utils.models.convert import convert
 from utils.run.errors import StoppedInTime
 from utils.run.preemption import Stop
-from utils.training.layerwise import layerwise_loss
+from utils.training.layerwise import layer_scales, layerwise_loss
 from utils.training.loop import train
 from utils.training.metrics import read_metrics
 from utils.training.run import Run
@@ -31,7 +31,7 @@ def converted(base: PreTrainedModel, **settings: Any) -> PreTrainedModel:
 
 
 def loss_of(model: PreTrainedModel, base: PreTrainedModel) -> float:
-    return float(layerwise_loss(model, base, IDS, "fp32").detach())
+    return float(layerwise_loss(model, base, IDS, "fp32", layer_scales(base, IDS, "fp32")).detach())
 
 
 def test_loss_against_a_slow_computation() -> None:
@@ -49,8 +49,16 @@ def test_loss_against_a_slow_computation() -> None:
         made = mine.mlp(mine.post_attention_layernorm(streams[0])).flatten(0, 1)
         centred = torch.eye(16) - 1 / 16
         error, spread = (made - wanted) @ centred, (wanted - wanted.mean(dim=0)) @ centred
-        expected.append(float((error.square().sum() / spread.square().sum()).detach()))
-    assert loss_of(model, base) == pytest.approx(IDS.numel() * sum(expected) / 2, rel=1e-5)
+        expected.append(float((error.square().sum() / spread.square().sum(dim=1).mean()).detach()))
+    assert loss_of(model, base) == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+def test_the_loss_is_the_sum_of_its_parts() -> None:
+    base = random_model()
+    model = converted(base)
+    scales = layer_scales(base, IDS, "fp32")
+    parts = [float(layerwise_loss(model, base, row[None], "fp32", scales).detach()) for row in IDS]
+    assert loss_of(model, base) == pytest.approx(sum(parts), rel=1e-5)
 
 
 @pytest.mark.parametrize("gain", ["free", "positive", "fold"])

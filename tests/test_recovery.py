@@ -18,7 +18,7 @@ from utils.data.tokens import PackedBatches, Tokens
 from utils.models.convert import convert
 from utils.models.facts import setup_facts
 from utils.models.loading import load_model, save_model
-from utils.run.errors import StoppedInTime, WorkFailed
+from utils.run.errors import InputError, StoppedInTime, WorkFailed
 from utils.run.preemption import Stop
 from utils.training import recovery, telemetry
 from utils.training.base import base_cache
@@ -287,6 +287,12 @@ def test_a_published_base_is_copied(tiny: Experiment, stored: Path, tmp_path: Pa
     assert origin["commit"]
     before, after = (load_file(folder / "model.safetensors") for folder in (stored / "base", found / "model"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_sequences_longer_than_the_base_model_takes_are_refused(tiny: Experiment, stored: Path) -> None:
+    long = tiny.model_copy(update={"data": tiny.data.model_copy(update={"sequence_length": 65})})
+    with pytest.raises(InputError, match=r"data.sequence_length = 65: expected at most 64, the longest sequence of the base model"):
+        setup_facts(long, 7, stored / "base")
 
 
 def test_setup_facts(tiny: Experiment, stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:

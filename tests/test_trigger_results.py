@@ -88,6 +88,7 @@ def test_all_parts_name_the_models() -> None:
     assert found["transfer"]["other_pythia"] == pytest.approx({"base_pythia": 0.2, "other_pythia": 0.5})
     assert found["results"]["base_pythia"]["transfer_increase"] == pytest.approx({"base_pythia": 1.5, "other_pythia": 0.2})
     assert found["budget"]["by_model"]["base_pythia"] == {"forwards": 9, "backwards": 5, "evaluations": 7, "flops": 4}
-    assert found["budget"]["allowed_per_model"] == {"searches": 3, "positions": 6, "candidates_per_position": 4}
+    allowed = {"searches": 3, "positions": 6, "candidates_per_position": 4, "gradients_per_position": SPEC.beam * SPEC.gradients * 4}
+    assert found["budget"]["allowed_per_model"] == allowed
     assert any(flag.startswith("other_pythia: random triggers raise") for flag in found["flags"])
-    assert table_of(found["results"]).splitlines()[1] == f"base_pythia,{WORDS.tokenizer.decode([70, 71])},50.0"
+    assert table_of(found["results"]).splitlines()[1] == f'"base_pythia","{WORDS.tokenizer.decode([70, 71])}",50.0'

@@ -84,7 +84,7 @@ class FlipAttacks:
 
     def _transferred(self, source: str, flips: Mapping[str, list[dict[str, Any]]], texts: Sequence[Row]) -> list[Row]:
         def work(group: Sequence[Row], ids: Tensor) -> list[Row]:
-            return self._scored(group, ids, [flips[text["id"]] for text in group])
+            return self._scored(group, ids, [flips[text["id"]] for text in group], curve=False)
 
         return self._recorded(f"transfer:{source}", texts, work)
 
@@ -138,9 +138,11 @@ class FlipAttacks:
             progress.close()
         return read_rows(records.path)
 
-    def _scored(self, group: Sequence[Row], ids: Tensor, flips: Sequence[list[dict[str, Any]]]) -> list[Row]:
-        """Losses after every flip, and over all tokens, flipped ones included, as the reference scores them; ids (B, T)."""
+    def _scored(self, group: Sequence[Row], ids: Tensor, flips: Sequence[list[dict[str, Any]]], curve: bool = True) -> list[Row]:
+        """Losses after every flip, or of the clean and the final text alone, and over all tokens, flipped ones included, as the reference
+        scores them; ids (B, T)."""
         states = torch.stack([replay(text, each, self.spec.flips) for text, each in zip(ids, flips, strict=True)])  # (B, 1 + K, T)
+        states = states if curve else states[:, [0, -1]]
         losses = self.referee.token_nll(states.flatten(0, 1), ids.shape[1] - 1).view(*states.shape[:2], -1).double()
         curves, whole = losses[:, :, -self.spec.scored_tokens :].mean(dim=2).tolist(), losses[:, [0, -1]].mean(dim=2).tolist()
         change = (losses[:, -1] - losses[:, 0]).abs().cpu()

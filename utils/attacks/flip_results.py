@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from configs.schema import HotFlip
 from utils.attacks.flags import ENOUGH, flip_flags
+from utils.attacks.hotflip import WIDER
 from utils.run.records import Row
 from utils.statistics.paired import mcnemar, wilcoxon
 
@@ -151,7 +152,8 @@ def flip_results(rows: Mapping[str, ByAttack], spec: HotFlip) -> dict[str, Any]:
         }
         for model, mine in rows.items()
     }
-    allowed = {"flips": spec.flips, "candidates_per_flip": spec.candidates, "gradients_per_text": spec.flips}
+    allowed = {"flips": spec.flips, "candidates_per_flip": spec.candidates, "wider_candidates": WIDER * spec.candidates}
+    allowed |= {"gradients_per_flip": spec.gradients}
     budget = {"allowed_per_text": allowed, "by_model": {label[model]: spent(mine["hotflip"]) for model, mine in rows.items()}}
     tests = {f"{other}_vs_monotonic": _tests(rows, other, spec) for other in rows if other not in ("base", "monotonic")}
     return {

@@ -46,6 +46,7 @@ def attack_stored(
     for name in folders:
         on = attacks(name)
         rows[name] = {"hotflip": on.hotflip(own), "query_greedy": on.query_greedy(own), "longer": on.longer(own)}
+        del on  # a model and its copy, before the next is loaded
     found = {name: mine["hotflip"] for name, mine in rows.items()}
     for name in folders:
         rows[name] |= attacks(name).transferred(found, own)

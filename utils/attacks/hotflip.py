@@ -94,7 +94,7 @@ class FlipSearch:
         self, scorer: Scorer, spec: HotFlip, allowed: Tensor, *, gradient: bool = True, round_trip: RoundTrip | None = None
     ) -> None:
         self.scorer, self.spec, self.allowed = scorer, spec, allowed
-        self.rank = self._by_gradient if gradient else self._by_chance
+        self.gradient = gradient
         self.round_trip = round_trip if spec.mode == "text" else None
         self.tokens = np.flatnonzero(allowed.cpu().numpy())
 
@@ -125,7 +125,8 @@ class FlipSearch:
 
     def _flip(self, targets: Sequence[Target]) -> None:
         """One flip for every text. A text without a gain gets one wider round, and is given up after it."""
-        pairs = list(zip(targets, self.rank(targets), strict=True))
+        ranked = self._by_gradient(targets) if self.gradient else self._by_chance(targets)
+        pairs = list(zip(targets, ranked, strict=True))
         without = self._try(pairs, self.spec.candidates)
         for target, _ in without:
             target.attack.wider_rounds += 1

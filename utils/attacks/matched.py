@@ -56,12 +56,16 @@ def before(history: Sequence[Path], loss: Loss, target: float, device: torch.dev
 
     None if no two neighbours lie on both sides of it. Else the model and {between: their names, way_back: share of the older, nll}.
     """
+    newer = load_model(history[-1], device)
+    after = loss(newer)
     for newer_folder, older_folder in pairwise(reversed(history)):
-        newer, older = load_model(newer_folder, device), load_model(older_folder, device)
-        if loss(newer) <= target <= loss(older):
+        older = load_model(older_folder, device)
+        earlier = loss(older)
+        if after <= target <= earlier:
             model = load_model(newer_folder, device)
             way, nll = _crossing(lambda share, m=model, a=newer, b=older: loss(_blend(m, a, b, share)), target, 1.0)  # type: ignore[misc]
             return model, {"between": [older_folder.name, newer_folder.name], "way_back": way, "nll": nll}
+        newer, after = older, earlier
     return None
 
 
@@ -116,6 +120,7 @@ def _make(config: Experiment, models: dict[str, Path], earlier_models: Path, val
         save_model(baseline, folder / "noise")
     else:
         facts["noise"] = f"not reached: noise brings the baseline to {facts['noise']['nll']:.3f} nats/token"
+    del baseline
     older = [earlier_models / name for name in read_json(earlier_models / "index.json")["oldest_first"]]
     found = before([*older, models["base"], models["baseline"]], loss, target, device)
     if found is None:

@@ -84,6 +84,7 @@ def trigger_results(
     work = ("forwards", "backwards", "evaluations", "flops")
     searches, positions = spec.restarts + 1, spec.sweeps * spec.trigger_length
     allowed = {"searches": searches, "positions": positions, "candidates_per_position": spec.candidates}
+    allowed |= {"gradients_per_position": spec.beam * spec.gradients * spec.search_texts}
     budget = {
         "allowed_per_model": allowed,
         "by_model": {label[name]: {kind: search[kind] for kind in work} for name, search in found.items()},
@@ -95,7 +96,7 @@ def trigger_results(
 def table_of(results: Mapping[str, Mapping[str, Any]]) -> str:
     """learned_triggers.csv."""
     table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
+    writer = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(["model", "trigger", "nll_increase_percent"])
     writer.writerows([name, facts["trigger_text"], facts["nll_increase_percent"]] for name, facts in results.items())
     return table.getvalue()

@@ -8,6 +8,7 @@ from typing import Any
 from configs.schema import Experiment
 from utils.models.loading import device_of, load_model
 from utils.run.artifacts import read_json, write_json
+from utils.run.errors import InputError
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
 from utils.run.records import write_rows
@@ -48,6 +49,13 @@ def benchmark_stored(
             progress.advance(note=f"{label} {name}")
     progress.close()
     done = {place: read_json(path) for place, path in places.items()}
+    for name in names:
+        items = {label: [(row["task"], row["item"], row["hash"]) for row in done[label, name]["rows"]] for label in models}
+        if other := next((label for label in models if items[label] != items[next(iter(models))]), None):
+            raise InputError(
+                f"evaluate.benchmarks: the items of {name!r} changed between {next(iter(models))!r} and {other!r}, which must see the "
+                "same; run the stage again with --discard"
+            )
     write_rows(records, ({"model": label, **row} for (label, _), found in done.items() for row in found["rows"]))
     return {
         "models": {label: {task: summary for name in names for task, summary in done[label, name]["results"].items()} for label in models},

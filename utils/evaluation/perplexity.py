@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from configs.schema import Experiment
 from utils.data.tokens import Tokens
 from utils.evaluation.windows import Window, batches, first_windows, sample, windows
-from utils.models.attention import packed_causal
+from utils.models.attention import ANY_SHAPE, packed_causal
 from utils.models.head import check_head, token_nll
 from utils.models.loading import autocast, device_of, load_model, product_dtype
 from utils.run.errors import WorkFailed
@@ -51,7 +51,7 @@ def score_windows(
     records, groups = Records(path), batches(cut, batch_size)
     pending = list(records.pending(groups))
     progress = Progress(f"evaluate {label}", len(groups), len(groups) - len(pending))
-    with packed_causal(model):
+    with packed_causal(model, kernels=ANY_SHAPE):
         check_head(model, precision)
         for group in pending:
             stop.check()
@@ -128,7 +128,7 @@ def rounding(model: PreTrainedModel, cut: Sequence[Window], batch_size: int, sto
     groups = batches(cut, batch_size)
     by_window: list[float] = []
     largest, total, tokens = 0.0, 0.0, sum(window.scored for window in cut)
-    with packed_causal(model):
+    with packed_causal(model, kernels=ANY_SHAPE):
         for group in groups:
             stop.check()
             change = window_losses(model, group, "bf16") - window_losses(model, group, "fp32")

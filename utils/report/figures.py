@@ -83,7 +83,7 @@ def perplexities(study: Study) -> Figure:
         errors = np.hstack([error(each) for each in found])
         axis.errorbar(places, [each.value for each in found], yerr=errors, color=COLOURS[model], linestyle="none", capsize=3)
         axis.plot(places, [each.value for each in found], MARKERS[model], color=COLOURS[model], label=model)
-    axis.set_xticks(range(len(groups)), groups.keys())
+    axis.set_xticks(range(len(groups)), [name.replace("$", r"\$") for name in groups])  # no formula
     axis.set_xlim(-0.5, len(groups) - 0.5)
     dress(axis, "Test perplexity", "", "perplexity (log scale)")
     axis.set_yscale("log")

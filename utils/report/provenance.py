@@ -33,7 +33,8 @@ def budget_table(study: Study) -> Table:
         if any(sums.values()):
             rows.append({"attack": str(attack), "model": str(model), **sums})
     for model in triggers.searched(study):
-        searches = [stored["results"][f"{model}_pythia"]["search"] for stored in study.stored("uat_results").values()]
+        results = [stored["results"].get(f"{model}_pythia") for stored in study.stored("uat_results").values()]
+        searches = [facts["search"] for facts in results if facts]
         sums = {
             name: _sum(
                 pd.Series([search.get(name) for search in searches], dtype=float),

@@ -61,6 +61,11 @@ def benchmark_tasks(study: Study) -> list[tuple[str, str]]:
     return sorted(set(zip(study.benchmarks["task"], study.benchmarks["metric"], strict=True))) if len(study.benchmarks) else []
 
 
+def in_words(metric: str) -> str:
+    """An item of lm-eval's `perplexity` is a log-likelihood; only the exponential of their negative mean is a perplexity."""
+    return "log-likelihood of an item, nats" if metric.partition(",")[0] == "perplexity" else metric
+
+
 def benchmark(study: Study, task: str, metric: str, model: str, minus: str | None = None) -> Number | None:
     """Mean over the items of a task, or the difference of two models paired by item; None where a model was not measured."""
     models = (model,) if minus is None else (model, minus)
@@ -72,4 +77,4 @@ def benchmark(study: Study, task: str, metric: str, model: str, minus: str | Non
         return None
     unit = SHARE if study.benchmarks["value"][study.benchmarks["metric"] == metric].between(0, 1).all() else "as recorded"
     source = Source("benchmark_records", {"task": (task,), "metric": (metric,), "model": models}, ("value",))
-    return study.mean(matrix, unit, f"{metric} of {task}, {' minus '.join(models)}", source)
+    return study.mean(matrix, unit, f"{in_words(metric)} of {task}, {' minus '.join(models)}", source, least=0.0 if minus is None else -1.0)

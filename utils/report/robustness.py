@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import pandas as pd
@@ -73,9 +73,7 @@ def success(study: Study, model: str, attack: str = "hotflip", over: list[str] |
 def _rate(study: Study, hits: pd.DataFrame, how: str, source: Source) -> Number:
     """Share of the texts: Wilson's interval for one seed (or seeds that agree on every text), else bootstrap over texts and seeds."""
     if (hits.nunique() > 1).any():
-        number = study.mean(hits.astype(float), SHARE, how, source)
-        low, high = (None if bound is None else min(max(bound, 0.0), 1.0) for bound in (number.low, number.high))
-        return replace(number, low=low, high=high)
+        return study.mean(hits.astype(float), SHARE, how, source)
     estimate = paired.rate(hits.to_numpy()[0].tolist(), study.config.report.confidence)
     return Number.of(estimate, SHARE, f"share with {how}; Wilson's score interval", source)
 
@@ -89,7 +87,7 @@ def success_difference(study: Study, model: str, other: str, attack: str = "hotf
     how = f"rise above {limit:g} nats under {attack}, {model} minus {other}, paired by text"
     difference = (ours > limit).astype(float) - (theirs > limit).astype(float)
     if (difference.nunique() > 1).any():
-        return study.mean(difference, SHARE, how, source)
+        return study.mean(difference, SHARE, how, source, least=-1.0)
     before, after = ((each.to_numpy()[0] > limit).tolist() for each in (theirs, ours))
     estimate = paired.success_difference(before, after, study.config.report.confidence)
     return Number.of(estimate, SHARE, f"{how}; Tango's score interval", source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from configs.schema import Experiment
-from utils.report.numbers import Number, Source
+from utils.report.numbers import SHARE, Number, Source
 from utils.run.artifacts import read_json
 from utils.run.errors import InputError
 from utils.run.records import read_rows
@@ -58,6 +58,11 @@ class Study:
         """Those of which there is anything."""
         return [seed for seed, stored in self.json.items() if stored]
 
+    @property
+    def measured(self) -> int:
+        """How many seeds the quantity with the fewest rests on."""
+        return min((frame["seed"].nunique() for frame in (self.documents, self.flips) if len(frame)), default=0)
+
     def stored(self, artefact: str) -> dict[int, Any]:
         """A JSON artefact of every seed that has it."""
         return {seed: stored[artefact] for seed, stored in self.json.items() if artefact in stored}
@@ -87,10 +92,13 @@ class Study:
             rows = rows[rows[column].isin(list(wanted))]
         return rows.groupby(["seed", unit])[value].agg(how).unstack(unit).dropna(axis=1)
 
-    def mean(self, matrix: pd.DataFrame, unit: str, how: str, *sources: Source) -> Number:
-        """Mean over seeds and units, both resampled."""
+    def mean(self, matrix: pd.DataFrame, unit: str, how: str, *sources: Source, least: float = 0.0) -> Number:
+        """Mean over seeds and units, both resampled; the interval of a share ends at `least` and at one."""
         report = self.config.report
         estimate = resampling.mean(matrix.to_numpy(), report.confidence, report.bootstrap_draws)
+        if unit == SHARE:
+            low, high = (None if bound is None else min(max(bound, least), 1.0) for bound in (estimate.low, estimate.high))
+            estimate = replace(estimate, low=low, high=high)
         return Number.of(estimate, unit, f"mean of {how}; {self.resampled(matrix)}", *sources)
 
     @staticmethod
@@ -116,6 +124,9 @@ class Study:
             if missing := [name for name in names if name not in paths]:
                 lines.append(f"seed {seed} has no {', '.join(missing)}: its stage is not complete; the other seeds are reported")
         lines += [f"control {name} ({words}): no attack records" for name, words in CONTROLS.items() if name not in self.attacked]
+        for seed, results in self.stored("hotflip_results").items():
+            reasons = {name: results.get("matched", {}).get(name) for name in CONTROLS}
+            lines += [f"seed {seed} has no control {name}: {reason}" for name, reason in reasons.items() if isinstance(reason, str)]
         kinds = set(self.flips["attack"]) if len(self.flips) else set()
         lines += [f"attack {name}: no records" for name in ATTACKS if name not in kinds]
         if self.benchmarks.empty:

@@ -102,9 +102,9 @@ def head(study: Study) -> list[str]:
     lines = [
         f"Experiment {study.config.run_name}: {study.config.model.name}, seeds {', '.join(map(str, study.seeds))}",
         f"Losses are nats per token; brackets are {100 * study.config.report.confidence:g} % bootstrap intervals over documents or texts"
-        + (" and seeds." if len(study.seeds) > 1 else "."),
+        + (" and seeds." if study.measured > 1 else "."),
     ]
-    if len(study.seeds) == 1:
+    if study.measured <= 1:
         lines.append("One seed: the intervals do not contain the spread between trainings.")
     if reason := next(iter(study.stored("setup").values()))["source"]["fallback_because"]:
         lines.append(f"FALLBACK TEXT was used (data.fallback), as the configured text could not be had: {reason}")

@@ -157,7 +157,7 @@ def flip_transfer_table(study: Study) -> Table:
 def benchmark_table(study: Study) -> Table:
     models = [model for model in study.models if len(study.benchmarks) and model in set(study.benchmarks["model"])]
     rows: list[dict[str, Cell]] = [
-        {"task": task, "metric": metric}
+        {"task": task, "metric": quality.in_words(metric)}
         | {model: quality.benchmark(study, task, metric, model) for model in models}
         | {"monotonic_minus_baseline": quality.benchmark(study, task, metric, "monotonic", "baseline")}
         for task, metric in quality.benchmark_tasks(study)

@@ -15,7 +15,10 @@ def gguf_file(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     package, _, file = name.partition("/")
-    spec = find_spec(package) if package.isidentifier() else None
+    try:
+        spec = find_spec(package) if package.isidentifier() else None
+    except ValueError:  # a loaded module that no file describes
+        spec = None
     for folder in (spec and spec.submodule_search_locations) or ():
         if (found := Path(folder) / file).is_file():
             return found

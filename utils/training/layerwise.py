@@ -6,31 +6,42 @@ coordinates, is not imitated: non-negative weights could only follow it at the c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from utils.models.ffn import feed_forward
+from utils.models.ffn import FFN, feed_forward
 from utils.models.loading import autocast
 
 
-def layerwise_loss(model: PreTrainedModel, base: PreTrainedModel, ids: Tensor, precision: str) -> Tensor:
-    """ids (b, T) -> b*T times the mean over layers of |P(N(x) - N_base(x))|^2 / |P(N_base(x) - its mean)|^2, a scalar with gradient.
+def layerwise_loss(model: PreTrainedModel, base: PreTrainedModel, ids: Tensor, precision: str, scales: Sequence[Tensor]) -> Tensor:
+    """ids (b, T) -> mean over layers of |P(N(x) - N_base(x))|^2 / scale, summed over the b*T tokens: a scalar with gradient.
 
     x is what the base's residual stream brings to the sublayer, behind each model's own norm; P takes the mean over coordinates away
-    where the norm does. A sublayer that writes its mean has the loss 1.
+    where the norm does. With `layer_scales` a sublayer that writes its mean has the loss 1 a token.
     """
     losses = []
     with autocast(model.device, precision):
-        for ffn, (stream, goal) in zip(feed_forward(model), _seen(base, ids, precision), strict=True):
-            wanted, made = goal.float(), ffn(ffn.norm(stream)).float()
-            error, spread = made - wanted, wanted - wanted.flatten(0, -2).mean(dim=0)
-            if isinstance(ffn.norm, nn.LayerNorm):
-                error, spread = (part - part.mean(dim=-1, keepdim=True) for part in (error, spread))
-            losses.append(error.square().sum() / spread.square().sum().clamp(min=1e-12))
-    return ids.numel() * torch.stack(losses).mean()
+        for ffn, (stream, goal), scale in zip(feed_forward(model), _seen(base, ids, precision), scales, strict=True):
+            error = _seen_later(ffn, ffn(ffn.norm(stream)).float() - goal.float())
+            losses.append(error.square().sum() / scale)
+    return torch.stack(losses).mean()
+
+
+def layer_scales(base: PreTrainedModel, ids: Tensor, precision: str) -> list[Tensor]:
+    """ids (b, T) -> for each layer the mean over tokens of |P(N_base(x) - its mean)|^2, scalars on the device."""
+    scales = []
+    for ffn, (_, goal) in zip(feed_forward(base), _seen(base, ids, precision), strict=True):
+        outputs = goal.float().flatten(0, -2)
+        scales.append(_seen_later(ffn, outputs - outputs.mean(dim=0)).square().sum(dim=1).mean().clamp(min=1e-12))
+    return scales
+
+
+def _seen_later(ffn: FFN, outputs: Tensor) -> Tensor:
+    """(..., d) without what the next LayerNorm removes."""
+    return outputs - outputs.mean(dim=-1, keepdim=True) if isinstance(ffn.norm, nn.LayerNorm) else outputs
 
 
 @torch.no_grad()

@@ -69,6 +69,10 @@ def _peak(stepper: Stepper, ids: Tensor, share: float) -> float | None:
         stepper.split(len(ids), share)
         for _ in range(2):  # the second pass also holds the gradients of the first
             stepper.gradients(ids)
+        if stepper.run.layerwise_steps:
+            stepper.switch(True)
+            stepper.gradients(ids)
+            stepper.switch(False)
         moments = 0 if stepper.optimizer.state else 8 * sum(parameter.numel() for parameter in stepper.parameters)
         return (torch.cuda.max_memory_allocated() + moments) / 2**30
     except torch.OutOfMemoryError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from utils.models.loading import product_dtype
 from utils.training import optim
 from utils.training.distributed import last_micro_batch, spread_out, total_norm
 from utils.training.guard import GOOD, Guard
-from utils.training.layerwise import layerwise_loss
+from utils.training.layerwise import layer_scales, layerwise_loss
 from utils.training.run import Run
+
+SCALED = 8  # sequences that the layers' scales are taken from
 
 
 class Loss(nn.Module):
@@ -27,14 +29,15 @@ class Loss(nn.Module):
         super().__init__()
         self.model, self.run = run.model, run
 
-    def forward(self, ids: Tensor, each_token: bool = False, layerwise: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, each_token: bool = False, scales: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """ids (b, T + 1) -> loss and (2,) its two parts, nats summed over b*T tokens; or (b*T,) the nats of each token, and nothing; or
-        the layer-wise loss, which has no such parts (NaN)."""
+        with the layers' scales the layer-wise loss, which has no such parts (NaN)."""
         run = self.run
         if each_token:
             return token_losses(self.model, ids, run.precision), ids.new_zeros(0)
-        if layerwise:
-            return layerwise_loss(self.model, run.models[1], ids[:, :-1], run.precision), torch.full((2,), torch.nan, device=ids.device)
+        if scales is not None:
+            loss = layerwise_loss(self.model, run.models[1], ids[:, :-1], run.precision, scales)
+            return loss, torch.full((2,), torch.nan, device=ids.device)
         inputs, targets, goal = ids[:, :-1], ids[:, 1:].flatten(), None
         if run.teacher is not None and run.spec.distillation:
             with torch.no_grad():
@@ -54,7 +57,7 @@ class Stepper:
         self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
         self.optimizer = optim.build(run.model, run.constraint.parameters if run.constraint else [], run.spec)
         self.guard = Guard(run.spec.max_loss_rise, run.device)
-        self.layerwise = False
+        self.scales: list[Tensor] | None = None  # of the layers, while the loss is layer-wise
 
     def split(self, micro_batch: int, recompute: float) -> None:
         """Set how many sequences go through the model at once, and for which share of the blocks activations are computed twice."""
@@ -66,9 +69,7 @@ class Stepper:
     def __call__(self, ids: Tensor, rate: float, step: int) -> Tensor:
         """ids (B, T + 1) on the device, with several processes this one's share of the B sequences -> (5,) there: loss, cross-entropy,
         divergence (nats per token of the whole step), gradient norm, verdict."""
-        if self.layerwise != (step < self.run.layerwise_steps):
-            self.layerwise = not self.layerwise
-            self.split(self.micro_batch, self.recompute)
+        self.switch(step < self.run.layerwise_steps)
         sums = torch.zeros(3, device=self.run.device)
         parts = ids.split(self.micro_batch)
         for number, part in enumerate(parts, 1):
@@ -80,9 +81,23 @@ class Stepper:
         self._update(norm, verdict, rate, step)
         return torch.cat([values, norm.reshape(1), verdict])
 
+    def switch(self, layerwise: bool) -> None:
+        """Go over to the layer-wise loss, or from it to the ordinary one."""
+        if layerwise == self.layerwise:
+            return
+        run, self.scales = self.run, [] if layerwise else None
+        self.split(self.micro_batch, self.recompute)
+        if layerwise:  # the same for every split of a step, and after every resume
+            ids = torch.from_numpy(run.train.batch(0, min(SCALED, run.spec.batch_size))).to(run.device)
+            self.scales = layer_scales(run.models[1], ids[:, :-1], run.precision)
+
+    @property
+    def layerwise(self) -> bool:
+        return self.scales is not None
+
     def gradients(self, ids: Tensor) -> Tensor:
         """Add the gradient of a micro-batch, ids (b, T + 1); returns (3,) its loss and the two parts, nats summed over b*T tokens."""
-        loss, parts = self.loss(ids, layerwise=self.layerwise)
+        loss, parts = self.loss(ids, scales=self.scales)
         (loss * (self.run.world.size / self.run.tokens_per_step)).backward()  # the mean over the processes is to be their sum
         if self.layerwise:  # all parameters count the same updates, so that a checkpoint need not say how many each had
             for parameter in self.parameters:

@@ -233,6 +233,7 @@ def test_benchmarks_without_the_harness_are_refused_by_the_configuration(monkeyp
 def test_items_come_from_the_hub_once(own_cache: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Setup or verify_downloads fetches them to the run's cache; afterwards nothing is asked of the network."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", constants.ENDPOINT)
     hub.add("dataset", "org/items", {"test.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in SENTENCES).encode()})
     settings = {"doc_to_text": "{{text}}", "doc_to_target": " and", "metric_list": [{"metric": "acc"}]}

@@ -17,7 +17,7 @@ from tests.fake_stages import ROOT, TINY
 from utils.run import environment
 from utils.run.errors import InputError
 from utils.slurm import snapshot
-from utils.slurm.snapshot import Snapshot
+from utils.slurm.snapshot import CODE, Snapshot
 
 
 @pytest.fixture
@@ -37,6 +37,13 @@ def test_snapshot_is_reproducible_and_lies_in_the_run(root: Path, own_folders: P
     assert not one.folder.exists()
     assert "utils/a.py" in one.files
     assert not [name for name in one.files if "__pycache__" in name or name.endswith(".pyc")]
+
+
+def test_nothing_that_git_keeps_below_the_code_is_left_out() -> None:
+    command = ["git", "ls-files", *CODE]
+    tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert "utils/report/page.html.j2" in tracked
+    assert set(tracked) <= set(frozen(ROOT).files)
 
 
 def test_digest_changes_with_every_file_and_its_name(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

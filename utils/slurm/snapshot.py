@@ -60,7 +60,8 @@ def submission_folder(folders: Folders) -> Path:
 
 
 def _is_code(path: Path) -> bool:
-    return path.suffix in (".py", ".yaml", ".sh", ".md") and not path.name.startswith(".")
+    """Everything, for a page needs its template as much as its code; but what Python and editors leave."""
+    return "__pycache__" not in path.parts and not path.name.startswith(".") and not path.name.endswith("~")
 
 
 def _site(root: Path, cluster: Cluster, python: str) -> str:

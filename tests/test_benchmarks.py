@@ -194,6 +194,11 @@ def test_what_is_done_is_not_done_again(own_cache: Path, models: dict[str, Path]
     before = [path.stat().st_mtime_ns for path in kept]
     assert run(config, models, tmp_path / "resumed", own_cache) == straight
     assert [path.stat().st_mtime_ns for path in kept] == before
+    stored = json.loads(kept[0].read_text())
+    stored["rows"][0]["hash"] = "of another item"
+    kept[0].write_text(json.dumps(stored))
+    with pytest.raises(InputError, match=r"the items of '.*' changed between 'base' and 'converted'"):
+        run(config, models, tmp_path / "resumed", own_cache)
 
 
 def test_bf16_moves_likelihoods_a_little(own_cache: Path, models: dict[str, Path], words: Path, tmp_path: Path) -> None:

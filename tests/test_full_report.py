@@ -29,6 +29,7 @@ from utils.report.examples import examples, visible
 from utils.report.figures import COLOURS, MARKERS, training_curves
 from utils.report.findings import findings
 from utils.report.numbers import Source
+from utils.report.provenance import budget_table
 from utils.report.robustness import WORST
 from utils.report.study import CONTROLS, Study
 from utils.report.summary import final_results, summary_text
@@ -168,6 +169,26 @@ def test_one_control_missing_is_said(study: Study) -> None:
     made = shifted(study, {"monotonic": -0.1})
     made = replace(made, flips=made.flips[made.flips["model"] != "earlier"])
     assert said(made, "The gain").endswith("every quality-matched control attacked (earlier not attacked).")
+
+
+def test_a_control_that_one_seed_lacks_is_named_and_stops_nothing(study: Study) -> None:
+    stored = dict(study.json[43])
+    stored["uat_results"] = {
+        **stored["uat_results"],
+        "results": {k: v for k, v in stored["uat_results"]["results"].items() if "noise" not in k},
+    }
+    stored["hotflip_results"] = {**stored["hotflip_results"], "matched": {"noise": "not needed: as good"}}
+    made = replace(study, json={**study.json, 43: stored})
+    assert "seed 43 has no control noise: not needed: as good" in made.absent
+    assert {row["model"] for row in budget_table(made).rows} == {row["model"] for row in budget_table(study).rows}
+    alone = replace(made, documents=made.documents[made.documents["seed"] == 42])
+    assert "One seed: the intervals do not contain the spread between trainings." in summary_text(alone)
+    assert "One seed" not in summary_text(made)
+
+
+def test_a_log_likelihood_is_not_called_a_perplexity() -> None:
+    assert quality.in_words("perplexity,none") == "log-likelihood of an item, nats"
+    assert quality.in_words("acc,none") == "acc,none"
 
 
 def test_family_is_corrected_by_holm(study: Study) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -85,8 +86,10 @@ def test_a_file_inside_a_package(tiny_file: Tiny, tmp_path: Path, monkeypatch: p
         gguf_file("a_model/other.gguf")
     with pytest.raises(InputError, match=r"found no such file, .*, or pip install a-missing-model"):
         gguf_file("a_missing_model/x.gguf")
-    with pytest.raises(InputError, match=r"found no such file, .*; correct the path$"):
-        gguf_file("/nowhere/x.gguf")
+    monkeypatch.setitem(sys.modules, "a_module_without_a_file", ModuleType("a_module_without_a_file"))
+    for name in ("/nowhere/x.gguf", "a_module_without_a_file/x.gguf"):
+        with pytest.raises(InputError, match=r"found no such file, "):
+            gguf_file(name)
 
 
 def test_what_reads_it_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:

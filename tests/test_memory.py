@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from configs.schema import Training
+from configs.schema import Monotone, Training
 from tests.tiny_models import random_model, write_tokens
 from utils.data.tokens import PackedBatches
+from utils.models.constraints import Constraint
 from utils.run.errors import WorkFailed
 from utils.run.preemption import Stop
 from utils.training import memory
@@ -112,6 +114,16 @@ def test_a_real_pass_is_measured(run: Run, card: SimpleNamespace) -> None:
     assert (stepper.micro_batch, stepper.recompute, card.resets) == (4, 0.5, 1)
     assert all(parameter.grad is None for parameter in stepper.parameters)
     assert all(map(torch.equal, before, stepper.parameters))
+
+
+def test_a_layer_wise_step_is_measured_too(run: Run, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    converted = replace(run, constraint=Constraint(run.model, Monotone(layerwise_share=1.0)), teacher=random_model(seed=1))
+    stepper, kinds = Stepper(converted), []
+    real = stepper.gradients
+    monkeypatch.setattr(stepper, "gradients", lambda ids: (kinds.append(stepper.layerwise), real(ids))[1])
+    assert memory._peak(stepper, torch.from_numpy(run.train.batch(0, 4)), 0.0) is not None
+    assert kinds == [False, False, True]
+    assert not stepper.layerwise
 
 
 def test_a_pass_without_room_is_no_error(run: Run, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

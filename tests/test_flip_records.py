@@ -18,10 +18,10 @@ from utils.attacks.round_trip import RoundTrip
 from utils.data.attack_texts import Alphabet
 from utils.data.tokenizer import train_tokenizer
 from utils.models.loading import load_model
-from utils.run import artifacts
 from utils.run.errors import StoppedInTime
 from utils.run.preemption import Stop
 
+pytestmark = pytest.mark.usefixtures("no_sync")
 PREFIX, SCORED, FLIPS = 8, 6, 3
 ALPHABET = Alphabet(0, VOCABULARY, (0,))
 WORDS = RoundTrip(train_tokenizer(iter(["to be or not to be"]), 270))  # ids below 40 are single characters to it
@@ -37,12 +37,6 @@ def spec(**settings: Any) -> HotFlip:
 
 def attacks(model: PreTrainedModel, state: Path, stop: Stop | None = None, name: str = "base", **settings: Any) -> FlipAttacks:
     return FlipAttacks(model, name, ALPHABET, WORDS, spec(**settings), "fp32", state, stop or Stop())
-
-
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing waits for the disk: no power is lost here."""
-    monkeypatch.setattr(artifacts, "sync", lambda path: None)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +151,7 @@ def test_stopped_after_every_flip(model: PreTrainedModel, tmp_path: Path, kind: 
             assert getattr(on, kind)(TEXTS) == straight
             break
         except StoppedInTime:
-            assert on.scorer.backwards <= 2 * 4
+            assert on.scorers["fp32"].backwards <= 2 * 4
     assert starts > 3 * FLIPS
     assert contents(tmp_path / "cut") == contents(tmp_path / "straight")
 

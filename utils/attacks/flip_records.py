@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,14 @@ class FlipAttacks:
         stop: Stop,
     ) -> None:
         self.name, self.round_trip, self.spec, self.state, self.stop = name, round_trip, spec, state, stop
-        self.scorer, self.referee = Scorer(model, precision), Referee(model)
-        self.exact, self.rough = (self.scorer if precision == each else Scorer(model, each) for each in ("fp32", "bf16"))
-        self.allowed = allowed_tokens(model.config.vocab_size, alphabet.writable(), self.scorer.device)
+        self.model, self.precision, self.referee = model, precision, Referee(model)
+        self.allowed = allowed_tokens(model.config.vocab_size, alphabet.writable(), model.device)
         self.end_of_text = alphabet.end_of_text
+
+    @cached_property
+    def scorers(self) -> dict[str, Scorer]:
+        """By number format. Made when a search needs them: one in bf16 holds a copy of the model, and transferred flips need none."""
+        return {precision: Scorer(self.model, precision) for precision in ("fp32", "bf16")}
 
     def hotflip(self, texts: Sequence[Row]) -> list[Row]:
         """Greedy flips by gradient, with the random control; on the first texts also what the gradient is worth."""
@@ -58,7 +63,7 @@ class FlipAttacks:
         def further(text: Row, ids: Tensor) -> Row:
             row: Row = {"random_nll": random_control(self.referee, ids, text["id"], self.spec, self.allowed)}
             if text["id"] in sample:
-                row["gradient"] = gradient_facts(self.exact, self.rough, ids, text["id"], self.spec, self.allowed)
+                row["gradient"] = gradient_facts(self.scorers["fp32"], self.scorers["bf16"], ids, text["id"], self.spec, self.allowed)
             return row
 
         return self._searched("hotflip", self.spec, True, texts, further)
@@ -96,7 +101,7 @@ class FlipAttacks:
         texts: Sequence[Row],
         further: Callable[[Row, Tensor], Row] = lambda text, ids: {},
     ) -> list[Row]:
-        search = FlipSearch(self.scorer, spec, self.allowed, gradient=gradient, round_trip=self.round_trip)
+        search = FlipSearch(self.scorers[self.precision], spec, self.allowed, gradient=gradient, round_trip=self.round_trip)
 
         def work(group: Sequence[Row], ids: Tensor) -> list[Row]:
             attacks = self._run(search, group, ids, self.state / f"{self.name}.{attack}.json")
@@ -129,7 +134,7 @@ class FlipAttacks:
         progress = Progress(f"{attack} on {self.name}", len(groups), len(groups) - len(pending)) if shown else None
         for group in pending:
             self.stop.check()
-            ids = torch.tensor([[self.end_of_text, *text["ids"]] for text in group], device=self.scorer.device)
+            ids = torch.tensor([[self.end_of_text, *text["ids"]] for text in group], device=self.model.device)
             whose = [{"model": self.name, "attack": attack, "text": text["id"], "subset": text["subset"]} for text in group]
             records.append(own | found for own, found in zip(whose, work(group, ids), strict=True))
             if progress:

@@ -49,6 +49,12 @@ def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for the disk: no power is lost here."""
+    monkeypatch.setattr(artifacts, "sync", lambda path: None)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Experiment:
     return load(TINY)
@@ -109,11 +115,10 @@ def checkout_copy(own_folders: Path) -> Path:
 
 
 @pytest.fixture
-def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    """No SLURM command is called; the fake notes what was asked for. Nothing waits for the disk: no power is lost here."""
+def slurm(monkeypatch: pytest.MonkeyPatch, no_sync: None) -> FakeSlurm:
+    """No SLURM command is called; the fake notes what was asked for."""
     fake = FakeSlurm()
     monkeypatch.setattr(client, "call", fake)
-    monkeypatch.setattr(artifacts, "sync", lambda path: None)
     return fake
 
 

@@ -19,10 +19,10 @@ from utils.attacks.trigger_records import common_triggers, find_trigger, own_tri
 from utils.data.attack_texts import Alphabet
 from utils.data.tokenizer import load_tokenizer, train_tokenizer
 from utils.models.loading import load_model
-from utils.run import artifacts
 from utils.run.errors import StoppedInTime
 from utils.run.preemption import Stop
 
+pytestmark = pytest.mark.usefixtures("no_sync")
 TEXT, LENGTH = 6, 3
 ALPHABET = Alphabet(0, VOCABULARY, (0,))
 WORDS = RoundTrip(train_tokenizer(iter(["to be or\nnot to be"]), 270))
@@ -37,12 +37,6 @@ SPEC = UAT(
     restarts=2,
     controls=2,
 )
-
-
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing waits for the disk: no power is lost here."""
-    monkeypatch.setattr(artifacts, "sync", lambda path: None)
 
 
 @pytest.fixture(scope="module")

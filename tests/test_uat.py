@@ -19,8 +19,8 @@ from utils.attacks.round_trip import RoundTrip
 from utils.attacks.scoring import Scorer, allowed_tokens
 from utils.attacks.uat import TriggerSearch, surviving_share, with_trigger
 from utils.data.tokenizer import train_tokenizer
-from utils.run import artifacts
 
+pytestmark = pytest.mark.usefixtures("no_sync")
 TEXT, LENGTH = 6, 3
 ALLOWED = allowed_tokens(VOCABULARY, np.arange(1, VOCABULARY), torch.device("cpu"))
 
@@ -50,12 +50,6 @@ def searched(model: PreTrainedModel, path: Path, search: Tensor | None = None, *
     """All restarts without interruption."""
     engine = TriggerSearch(Scorer(model, "fp32"), spec(**settings), 0, ALLOWED)
     return engine.run(texts(4, 0) if search is None else search, texts(3, 1) if search is None else search, path, lambda positions: None)
-
-
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing waits for the disk: no power is lost here."""
-    monkeypatch.setattr(artifacts, "sync", lambda path: None)
 
 
 @pytest.fixture(scope="module")

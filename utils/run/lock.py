@@ -45,6 +45,16 @@ def locked(folder: Path, *, queue: Stop | None = None) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process has the lock of the file `path`, for as long as the block runs. It does not wait."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        yield _taken(handle)
+    finally:
+        os.close(handle)
+
+
 def _taken(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,29 +1,28 @@
-"""Start the processes of a training run that takes several GPUs, and hand them the request to stop.
+"""Start the processes of a stage that takes several GPUs, and hand them the request to stop.
 
-The stage's own process keeps the books (lock, manifest, final model) and touches no GPU meanwhile.
+The stage's own process keeps the books (lock, manifest, results) and touches no GPU meanwhile.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-
-from configs.schema import Compute
 from utils.run.artifacts import remove, write_text
-from utils.run.errors import DONE, STOPPED, InputError, StoppedInTime, WorkFailed
-from utils.run.preemption import Stop
+from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
+from utils.run.preemption import SIGNALS, Stop, die_with_parent
 
 POLL_SECONDS = 0.2
 PATIENCE = 30.0  # seconds that the others get when one has failed: to say why, if they know
 TAIL = 2000  # characters of a failed process's output that are shown
+PLACES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))  # torchrun's, srun's
 
 
 class StopFile(Stop):
@@ -39,8 +38,33 @@ class StopFile(Stop):
         return super().requested()
 
 
-def launch(module: str, arguments: Sequence[str], compute: Compute, state: Path, stop: Stop) -> None:
-    """Run `python -m module arguments` once for each GPU, until all have ended; their output goes to state/process_*.log.
+def place() -> tuple[int, int, int]:
+    """(rank, number of processes, number on this node) as torchrun or srun say."""
+    for names in PLACES:
+        if all(name in os.environ for name in names):
+            rank, size, local = (int(os.environ[name]) for name in names)
+            return rank, size, local
+    raise InputError(f"found neither {', '.join(PLACES[0])} nor {', '.join(PLACES[1])} in the environment; start with torchrun or srun")
+
+
+def of_several(work: Callable[[], None]) -> int:
+    """Do the work of one launched process; returns its exit code. Signals are for the stage's process, which asks through a file."""
+    die_with_parent()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        work()
+    except StoppedInTime as reason:
+        print(f"  {reason}", flush=True)
+        return STOPPED
+    except (InputError, WorkFailed) as error:
+        print(f"  {error}", file=sys.stderr, flush=True)
+        return REFUSED if isinstance(error, InputError) else FAILED
+    return DONE
+
+
+def launch(module: str, arguments: Sequence[str], count: int, state: Path, stop: Stop) -> None:
+    """Run `python -m module arguments` in `count` processes a node, until all have ended; their output goes to state/process_*.log.
 
     On one node the processes are started here; on several nodes of a SLURM job by srun. Raises StoppedInTime if they stopped in time,
     WorkFailed with the end of its output if one of them failed.
@@ -48,7 +72,7 @@ def launch(module: str, arguments: Sequence[str], compute: Compute, state: Path,
     state.mkdir(parents=True, exist_ok=True)
     remove(state / "stop")
     with ExitStack() as stack:
-        commands = _commands([sys.executable, "-m", module, *arguments], compute)
+        commands = _commands([sys.executable, "-m", module, *arguments], count)
         logs = [state / f"process_{number}.log" for number in range(len(commands))]
         children = []
         for (command, environment), log in zip(commands, logs, strict=True):
@@ -66,11 +90,8 @@ def launch(module: str, arguments: Sequence[str], compute: Compute, state: Path,
         raise StoppedInTime(stop.reason or "the processes were asked to stop")
 
 
-def _commands(command: list[str], compute: Compute) -> list[tuple[list[str], dict[str, str]]]:
+def _commands(command: list[str], count: int) -> list[tuple[list[str], dict[str, str]]]:
     """What to start, with what in the environment: one line for each process, or one srun for all of them."""
-    count = compute.processes or torch.cuda.device_count()
-    if count < 1:
-        raise InputError(f"compute.parallel={compute.parallel}: found no GPU, expected some; ask for them, or set compute.processes")
     meeting = {"MASTER_PORT": str(_free_port())}
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     if nodes > 1:

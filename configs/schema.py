@@ -55,6 +55,10 @@ class AttackWorkers(Section):
     change between two starts of a run."""
 
     processes: Count = Field(0, description="processes that share the work on a node; 0: one for each GPU, or one where there is none")
+    tasks: Positive = Field(
+        1,
+        description="on a SLURM cluster, tasks of an array that shares the work, before the stage's own job does what is left; 1: no array",
+    )
 
 
 class Scratch(Section):

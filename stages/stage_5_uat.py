@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stages.pipeline import main
-from utils.run.stage import Context, Stage
+from utils.run.stage import Context, Stage, Task
 
 if TYPE_CHECKING:
     from utils.attacks.trigger_study import TriggerStudy
@@ -21,6 +21,10 @@ def run(ctx: Context) -> None:
     results, table = study.results(ctx.seed, ctx.write("uat_records"))
     write_json(ctx.write("uat_results"), results)
     write_text(ctx.write("learned_triggers"), table)
+
+
+def share(ctx: Context, task: Task) -> None:
+    _study(ctx).work(ctx.stop, *task)
 
 
 def _study(ctx: Context) -> TriggerStudy:
@@ -47,6 +51,7 @@ STAGE = Stage(
     config_keys=("uat", "compute", "hotflip.seed", "data.sequence_length", "evaluate.batch_size"),
     version=3,
     run=run,
+    share=share,
 )
 
 if __name__ == "__main__":

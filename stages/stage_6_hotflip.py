@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stages.pipeline import main
-from utils.run.stage import Context, Stage
+from utils.run.stage import Context, Stage, Task
 
 if TYPE_CHECKING:
     from utils.attacks.flip_study import FlipStudy
@@ -19,6 +19,10 @@ def run(ctx: Context) -> None:
     study = _study(ctx)
     study.work(ctx.stop)
     write_json(ctx.write("hotflip_results"), study.results(ctx.seed, ctx.write("hotflip_records")))
+
+
+def share(ctx: Context, task: Task) -> None:
+    _study(ctx).work(ctx.stop, *task)
 
 
 def _study(ctx: Context) -> FlipStudy:
@@ -45,6 +49,7 @@ STAGE = Stage(
     config_keys=("hotflip", "compute", "data.sequence_length", "evaluate.batch_size"),
     version=3,
     run=run,
+    share=share,
 )
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from utils.attacks.flip_records import FlipAttacks
 from utils.attacks.matched import matched_controls
 from utils.attacks.referee import Referee
 from utils.attacks.round_trip import RoundTrip
-from utils.attacks.trigger_records import find_trigger, text_tensor
+from utils.attacks.trigger_records import TriggerAttacks, text_tensor
 from utils.attacks.uat import with_trigger
 from utils.data.attack_texts import Alphabet, read_attack_texts
 from utils.data.tokenizer import load_tokenizer
@@ -41,6 +41,7 @@ from utils.models.loading import device_of, load_model
 from utils.run.artifacts import read_json, write_json
 from utils.run.folders import Folders
 from utils.run.preemption import Stop
+from utils.run.records import grouped
 from utils.training.recovery import Files, recover
 
 SIGNED = ("monotone.parametrisation=annealed", "monotone.activation=clamped_gelu")
@@ -183,8 +184,11 @@ class Bench:
         return {str(row["document"]): [row["nll"], row["tokens"]] for row in by_document(test, rows)}
 
     def _flips(self, name: str, model: Any) -> dict[str, list[float]]:
-        attack = FlipAttacks(model, name, *self._words(), self.config.hotflip, self.config.compute.precision, self.place, self.stop)
-        rows = attack.hotflip(self._texts()["hotflip"])
+        texts, spec = self._texts()["hotflip"], self.config.hotflip
+        attack = FlipAttacks(model, name, texts, *self._words(), spec, self.config.compute.precision)
+        groups = enumerate(grouped(texts, spec.batch_size))
+        found = [attack.search("hotflip", group, self.place / f"{name}.{number}.json", self.stop.check) for number, group in groups]
+        rows = [row for mine in found for row in mine]
         return {row["text"]: [row["nll"][0], row["nll"][-1], row["reference_attacked"] / row["reference_clean"] - 1] for row in rows}
 
     def _trigger(self, model: Any) -> dict[str, float]:
@@ -192,7 +196,8 @@ class Bench:
         spec = self.config.uat.model_copy(update={"seed": self.task.seed, "restarts": 1})
         (alphabet, words), sets = self._words(), self._texts()
         path, precision = self.place / "trigger.json", self.config.compute.precision
-        found = find_trigger(model, "best", sets, alphabet, words, spec, precision, path, self.stop)
+        attacks = TriggerAttacks(model, "best", sets, alphabet, words, spec, precision)
+        found = attacks.search(0, path, self.stop.check)
         referee, texts = Referee(model), text_tensor(sets["report"], model.device)
         triggers = {"clean": [], "attacked": found["trigger"]}
         ids = {kind: with_trigger(alphabet.end_of_text, trigger, texts) for kind, trigger in triggers.items()}

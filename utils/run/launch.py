@@ -19,6 +19,7 @@ from utils.run.artifacts import remove, write_text
 from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
 from utils.run.preemption import SIGNALS, Stop, die_with_parent
 
+RUN = "import runpy, sys; sys.path[0] = sys.argv.pop(1); runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 POLL_SECONDS = 0.2
 PATIENCE = 30.0  # seconds that the others get when one has failed: to say why, if they know
 TAIL = 2000  # characters of a failed process's output that are shown
@@ -64,15 +65,16 @@ def of_several(work: Callable[[], None]) -> int:
 
 
 def launch(module: str, arguments: Sequence[str], count: int, state: Path, stop: Stop) -> None:
-    """Run `python -m module arguments` in `count` processes a node, until all have ended; their output goes to state/process_*.log.
+    """Run the module with these arguments in `count` processes a node, until all have ended; their output goes to state/process_*.log.
 
     On one node the processes are started here; on several nodes of a SLURM job by srun. Raises StoppedInTime if they stopped in time,
     WorkFailed with the end of its output if one of them failed.
     """
     state.mkdir(parents=True, exist_ok=True)
     remove(state / "stop")
+    code = str(Path(__file__).resolve().parents[2])  # not the folder that we stand in: a job's code is a frozen copy
     with ExitStack() as stack:
-        commands = _commands([sys.executable, "-m", module, *arguments], count)
+        commands = _commands([sys.executable, "-c", RUN, code, module, *arguments], count)
         logs = [state / f"process_{number}.log" for number in range(len(commands))]
         children = []
         for (command, environment), log in zip(commands, logs, strict=True):

@@ -81,11 +81,10 @@ def launch(module: str, arguments: Sequence[str], count: int, state: Path, stop:
             output = None if log is logs[0] else stack.enter_context(log.open("wb"))  # the first one speaks for all
             children.append(subprocess.Popen(command, env=os.environ | environment, stdout=output, stderr=output))
             stack.callback(_end, children[-1])
-        codes = _wait(children, state / "stop", stop)
-    failed = [number for number, code in enumerate(codes) if code not in (DONE, STOPPED)]
+        codes, failed = _wait(children, state / "stop", stop)
     if failed:
         # the one that knows why left by itself with a message; those that only lost the others were ended by a signal
-        number = min(failed, key=lambda number: (codes[number] < 0, number))
+        number = min(failed, key=lambda number: codes[number] < 0)
         told = logs[number].read_text(errors="replace")[-TAIL:] if number else "its messages are above"
         raise WorkFailed(f"process {number} of {len(codes)} ended with code {codes[number]}: {told.strip()}")
     if STOPPED in codes:
@@ -110,19 +109,26 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]], request: Path, stop: Stop) -> list[int]:
-    """Exit codes of all; once one has failed, the others are ended."""
-    failed_at: float | None = None
-    while any(child.poll() is None for child in children):
+def _wait(children: Sequence[subprocess.Popen[bytes]], request: Path, stop: Stop) -> tuple[list[int], list[int]]:
+    """(exit codes of all, numbers of those that failed, the first one first); once one has failed, the others are ended."""
+    failed: list[int] = []
+    patience = PATIENCE
+    while True:
+        ended = all(child.poll() is not None for child in children)
+        failed += [number for number, child in enumerate(children) if number not in failed and _failed(child)]
+        if ended or patience <= 0:
+            break
         if stop.requested() and not request.exists():
             write_text(request, stop.reason or "")
-        if any(child.poll() not in (None, DONE, STOPPED) for child in children):
-            failed_at = failed_at or time.monotonic()
-            if time.monotonic() - failed_at >= PATIENCE:
-                for child in children:
-                    _end(child)
+        patience -= POLL_SECONDS if failed else 0.0
         time.sleep(POLL_SECONDS)
-    return [int(child.returncode) for child in children]
+    for child in children:
+        _end(child)
+    return [int(child.returncode) for child in children], failed
+
+
+def _failed(child: subprocess.Popen[bytes]) -> bool:
+    return child.poll() not in (None, DONE, STOPPED)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

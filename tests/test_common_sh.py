@@ -73,9 +73,8 @@ class Job:
     def start_as_it_is(self) -> subprocess.Popen[str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
         own = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": self.name}
-        script = next(
-            self.folder.glob(f"job_{self.name.partition('_')[2][:1]}_*.slurm_script"), self.folder / "job_3_monotonic.slurm_script"
-        )
+        number = self.name.partition("_")[2][:1]
+        script = next(self.folder.glob(f"job_{number}_*.slurm_script"), self.folder / "job_3_monotonic.slurm_script")
         arguments = [str(self.code) if word == "CODE" else word for word in self.arguments]
         return subprocess.Popen(
             ["bash", script, *arguments],

@@ -95,6 +95,16 @@ def test_processes_die_with_the_one_that_keeps_the_books(tmp_path: Path) -> None
     until(lambda: not alive(number))
 
 
+def test_one_whose_parent_died_before_it_could_listen_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "die_with_parent", lambda: None)
+    monkeypatch.setattr(launch.signal, "signal", lambda *arguments: None)
+    done: list[str] = []
+    for parent in (os.getpid(), os.getppid()):
+        monkeypatch.setenv("LAUNCHED_BY", str(parent))
+        done.append(str(of_several(lambda: done.append("work"))))
+    assert done == ["1", "work", "0"]
+
+
 def until(true: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
     while not true():

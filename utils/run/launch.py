@@ -51,6 +51,8 @@ def place() -> tuple[int, int, int]:
 def of_several(work: Callable[[], None]) -> int:
     """Do the work of one launched process; returns its exit code. Signals are for the stage's process, which asks through a file."""
     die_with_parent()
+    if os.environ.get("LAUNCHED_BY", str(os.getppid())) != str(os.getppid()):
+        return FAILED  # it died before, and its successor may be at work
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -99,7 +101,7 @@ def _commands(command: list[str], count: int) -> list[tuple[list[str], dict[str,
         share = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) // count)
         tasks = [f"--nodes={nodes}", f"--ntasks={nodes * count}", f"--ntasks-per-node={count}", f"--cpus-per-task={share}"]
         return [(["srun", *tasks, "--kill-on-bad-exit=1", "--label", *command], meeting | {"MASTER_ADDR": socket.gethostname()})]
-    meeting |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(count)}
+    meeting |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(count), "LAUNCHED_BY": str(os.getpid())}
     return [(command, meeting | {"RANK": str(number), "LOCAL_RANK": str(number)}) for number in range(count)]
 
 

@@ -20,7 +20,7 @@ from utils.run.progress import Progress
 from utils.run.records import Row, read_rows, write_rows
 
 POLL_SECONDS = 0.2
-TELL_SECONDS = 1.0  # between two looks at how far the others are
+TELL_SECONDS = 5.0  # between two looks at how far the others are
 
 Step = Callable[[], None]
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from configs.schema import Experiment, HotFlip
 from tests.tiny_models import VOCABULARY, deaf_model, random_ids, random_model, slow_nll
+from utils.attacks import edits, scoring
 from utils.attacks.flip_records import LONGER, SEARCHES, FlipAttacks, change_before_the_first_flip
 from utils.attacks.round_trip import RoundTrip
 from utils.data.attack_texts import Alphabet
@@ -159,6 +160,25 @@ def test_cut_after_every_flip(model: PreTrainedModel, tmp_path: Path, kind: str)
             assert on.scorers["fp32"].backwards <= 2 * 2 * 4 + 4
     assert starts > FLIPS
     assert contents(tmp_path / "cut") == contents(tmp_path / "straight")
+
+
+def test_a_search_does_not_depend_on_what_its_model_did_before(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values that an earlier search has left behind are not looked at: other processes would not have them."""
+    for module in (edits, scoring):
+        monkeypatch.setattr(module, "LEAST_PREFIX", 1)
+    straight = attacks(model).search("query_greedy", TEXTS[:2], tmp_path / "begun.json", lambda: None)
+    (tmp_path / "begun.json").unlink()
+    on = attacks(model)
+    ids = on._ids(TEXTS[:2])
+    on.scorers["fp32"].gradient(ids, SCORED, slice(1, 1 + PREFIX))
+    seen, pairs = on.scorers["fp32"]._seen  # type: ignore[misc]
+    assert torch.equal(seen, ids)
+    for keys, values in pairs:
+        keys.zero_()
+        values.zero_()
+    assert on.search("query_greedy", TEXTS[:2], tmp_path / "begun.json", lambda: None) == straight
 
 
 def test_steps_are_flips_of_texts(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from configs.schema import UAT
 from tests.tiny_models import VOCABULARY, Planted, blind_model, deaf_model, random_ids, random_model, slow_nll
+from utils.attacks import edits, scoring
 from utils.attacks.controls import random_trigger
 from utils.attacks.round_trip import RoundTrip
 from utils.attacks.scoring import Scorer, allowed_tokens
@@ -151,11 +152,14 @@ def test_resumed_after_every_position(model: PreTrainedModel, tmp_path: Path) ->
         assert (tmp_path / f"state-{number}.json").read_bytes() == (tmp_path / f"straight-{number}.json").read_bytes()
 
 
-def test_a_restart_does_not_depend_on_those_before_it(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_restart_does_not_depend_on_those_before_it(model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other processes may have done them."""
+    for module in (edits, scoring):
+        monkeypatch.setattr(module, "LEAST_PREFIX", 1)
     straight = searched(model, tmp_path / "straight.json")
     for number, expected in enumerate((*straight["restarts"], straight["query_greedy"])):
         engine = TriggerSearch(Scorer(model, "fp32"), spec(), 0, ALLOWED)
+        engine.scorer._seen = "keys and values of another one", []  # type: ignore[assignment]
         found = engine.run(number, texts(4, 0), texts(3, 1), tmp_path / f"{number}.json", lambda: None)
         assert {kind: found[kind] for kind in expected} == expected
 

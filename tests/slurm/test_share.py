@@ -1,4 +1,4 @@
-"""An array shares the work of an attack stage on a real cluster, while the checkout is edited; one of its tasks is lost."""
+"""An array shares the work of an attack stage on a real cluster; one of its tasks is lost."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ def test_tasks_share_the_flips(cluster: Cluster, prepare: Callable[..., Checkout
     """Two tasks, one of which is cancelled before it begins, then the stage's own job; results are those of one process."""
     checkout = prepare(5)
     cluster.hold()
-    said = checkout.submit("--from", "6", "--to", "6", "--set", "attack_workers.tasks=2", "--set", "attack_workers.processes=2")
+    said = checkout.submit("--from", "6", "--to", "6", "--set", "attack_workers.tasks=2")
     job = submitted(said)[6]
     array = str(int(job) - 1)
     assert f"  job {array}: an array that shares the work of the next one\n" in said
-    broken = checkout.root / "utils/attacks/worker.py"  # the processes of a job run the frozen code, wherever they are started
-    broken.write_text("raise SystemExit('the code of the checkout')\n")
     cluster.call("scancel", f"{array}_1")
     cluster.release()
     assert cluster.wait(job) == "COMPLETED"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from utils.attacks.study import Study
 from utils.attacks.trigger_records import TriggerAttacks, common_triggers, own_triggers
 from utils.attacks.trigger_results import table_of, trigger_results
 from utils.attacks.uat import chosen
-from utils.run.records import Row, write_rows
+from utils.run.records import Row, grouped, write_rows
 from utils.run.units import Step, Unit
+
+TOGETHER = 4  # triggers of one unit of a report: small enough to be shared out evenly, and few files
 
 
 class TriggerStudy(Study[TriggerAttacks]):
-    """A search is cut into its restarts, a report into triggers."""
+    """A search is cut into its restarts, a report into a few triggers each."""
 
     def attacks(self, model: PreTrainedModel, name: str) -> TriggerAttacks:
         return TriggerAttacks(model, name, self.sets, self.alphabet, self.words, self.config.uat, self.config.compute.precision)
@@ -39,14 +42,19 @@ class TriggerStudy(Study[TriggerAttacks]):
         return [unit for name in self.models for kind in ("report", "select") for unit in self._reports(name, kind)]
 
     def _reports(self, name: str, kind: str) -> list[Unit]:
-        def unit(label: str, trigger: list[int]) -> Unit:
+        triggers = list((self.common | own_triggers(name, self.found[name])).items())
+
+        def unit(number: int, group: Sequence[tuple[str, list[int]]]) -> Unit:
             def work(begun: Path, step: Step) -> list[Row]:
-                return self.on(name).report(kind, label, trigger)
+                rows: list[Row] = []
+                for label, trigger in group:
+                    step()
+                    rows += self.on(name).report(kind, label, trigger)
+                return rows
 
-            return Unit(f"{name}.{kind}.{label.replace(':', '.')}", "losses behind triggers", name, 1, work)
+            return Unit(f"{name}.{kind}.{number}", "losses behind triggers", name, len(group), work)
 
-        triggers = self.common | own_triggers(name, self.found[name])
-        return [unit(label, trigger) for label, trigger in triggers.items()]
+        return [unit(number, group) for number, group in enumerate(grouped(triggers, TOGETHER))]
 
     @cached_property
     def found(self) -> dict[str, dict[str, Any]]:

@@ -28,6 +28,7 @@ from utils.run.launch import of_several
 from utils.run.lock import locked
 from utils.run.preemption import Stop
 from utils.run.stage import run_stage
+from utils.run.units import Place
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_sync")]
 OUTPUTS = {
@@ -191,20 +192,47 @@ def test_tasks_share_the_work_and_the_stage_does_what_they_left(
     assert "already complete" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case", [(4, 0, 4), (4, 2, 2), (1, 0, 0), (4, 1, 0)], ids=str)
-def test_one_process_for_each_gpu(
-    finished: Path, tiny: Experiment, stage_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[int, int, int]
-) -> None:
-    """With one there is nothing to launch; the last number is that of the launched ones."""
-    gpus, asked, expected = case
+@pytest.fixture
+def flip_study(
+    finished: Path, tiny: Experiment, stage_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], Any]:
+    """A study on a machine with four GPUs, whose work is never done; so many processes are asked for."""
     setup = stage_folder(finished, 0)
     inputs = {"texts": setup / "attack_texts.json", "tokenizer": setup / "tokenizer"}
     files = study.Files({"base": setup / "base_model"}, setup / "earlier_models", setup / "tokens/validation", **inputs, state=tmp_path)
-    launched: list[int] = []
-    monkeypatch.setattr(study, "device_of", lambda compute: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(study, "launch", lambda module, arguments, count, state, stop: launched.append(count))
-    monkeypatch.setattr(study.Share, "run", lambda share: launched.append(0))
-    workers = tiny.attack_workers.model_copy(update={"processes": asked})
-    worker.FlipStudy(tiny.model_copy(update={"attack_workers": workers}), files).work(Stop())
-    assert launched == [expected]
+    for module in (study, worker):
+        monkeypatch.setattr(module, "device_of", lambda compute: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+    def make(processes: int) -> worker.FlipStudy:
+        workers = tiny.attack_workers.model_copy(update={"processes": processes})
+        return worker.FlipStudy(tiny.model_copy(update={"attack_workers": workers}), files)
+
+    return make
+
+
+@pytest.mark.parametrize(("asked", "launched"), [(0, [4]), (2, [2]), (1, [])])
+def test_one_process_for_each_gpu(flip_study: Any, monkeypatch: pytest.MonkeyPatch, asked: int, launched: list[int]) -> None:
+    """With one there is nothing to launch."""
+    counts: list[int] = []
+    monkeypatch.setattr(study, "launch", lambda module, arguments, count, state, stop: counts.append(count))
+    monkeypatch.setattr(study.Share, "run", lambda share: None)
+    flip_study(asked).work(Stop())
+    assert counts == launched
+
+
+def test_each_process_has_its_own_gpu_and_place(flip_study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The second of three tasks, on four GPUs: places 4 to 7 of 12. A task's first process speaks for it."""
+    seen: list[Any] = []
+    specs: list[str] = []
+    monkeypatch.setattr(study, "launch", lambda module, arguments, count, state, stop: specs.extend([*arguments, str(state)]))
+    flip_study(0).work(Stop(), 1, 3)
+    assert specs == [str(tmp_path / "task_1/processes.json"), str(tmp_path / "task_1")]
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(worker.Share, "run", lambda share: seen.append((share.place, share.speaks, share.stop.path, share.folder)))
+    for rank in ("0", "3"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "4"}.items():
+            monkeypatch.setenv(name, value)
+        worker.main(specs[0])
+    where = (tmp_path / "task_1/stop", tmp_path / "units")
+    assert seen == [0, (Place(4, 12, waits=False), True, *where), 3, (Place(7, 12, waits=False), False, *where)]

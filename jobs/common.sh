@@ -63,10 +63,12 @@ run_as_child() {
 }
 
 code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-stage=${SLURM_JOB_NAME#job_}
+stage=${SLURM_JOB_NAME#*_}
 stage=${stage%%_*}
+work=job
 case ${SLURM_JOB_NAME:-} in
     job_[0-7]_*) ;;
+    share_[56]_*) work=share ;;
     *)
         say "found the job name '${SLURM_JOB_NAME:-}', expected that of the script (job_2_baseline): submit without --job-name and SBATCH_JOB_NAME" >&2
         exit 2
@@ -93,13 +95,15 @@ say "$SLURM_JOB_NAME, job $SLURM_JOB_ID${SLURM_ARRAY_TASK_ID:+ (task $SLURM_ARRA
 gpu_log
 
 status=75
-[ -n "$asked" ] || run_as_child job "$stage"
+[ -n "$asked" ] || run_as_child "$work" "$stage"
 [ -z "$sampler" ] || kill "$sampler" 2>/dev/null || true
 
 # The signal can hit Python before it listens, and bash can lose the code of a child that ends while a trap runs (-1).
 # Nothing is lost then: all that is on the disk is whole.
 case $asked:$status in ?*:138 | ?*:143 | ?*:-1) status=75 ;; esac
-if [ "$status" = 75 ]; then
+if [ "$work" = share ]; then
+    [ "$status" = 0 ] || say "this task ended with code $status; what it left undone, the stage's own job does"
+elif [ "$status" = 75 ]; then
     trap '' USR1 TERM # the way back into the queue is not to be cut short, by the time limit say
     asked=''
     run_as_child requeue "$stage"

@@ -17,6 +17,8 @@ from utils.run.stage import Stage
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
+        if options.command == "share":
+            return slurm.share(options.stage)
         if options.command in ("job", "requeue"):
             return slurm.work(options.stage, leaving=options.command == "requeue")
         if options.command == "status":
@@ -52,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--watch", nargs="?", type=float, const=slurm.WATCH_SECONDS, metavar="SECONDS", help="print it again and again")
     for name, words in (
         ("job", "inside a SLURM job: do its stage"),
+        ("share", "inside a task of a SLURM array: do a share of its stage's work"),
         ("requeue", "inside a SLURM job that was stopped in time: queue it again"),
     ):
         commands.add_parser(name, help=words).add_argument("stage", type=int, choices=range(8))

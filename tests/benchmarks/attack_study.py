@@ -18,7 +18,6 @@ from utils.attacks.round_trip import RoundTrip
 from utils.attacks.uat import SearchState, TriggerSearch
 from utils.data.attack_texts import Alphabet
 from utils.data.tokenizer import END_OF_TEXT
-from utils.run.preemption import Stop
 
 POSITIONS = 6  # of the trigger search that are timed, after one to warm up
 MODELS = {"both arms": 2, "all five models": 5}
@@ -63,21 +62,24 @@ def flip_seconds(bench: Bench, spec: HotFlip, precision: str) -> dict[str, float
     few = spec.model_copy(update={"flips": 1, "longer_texts": spec.batch_size})
     taken = {}
     with tempfile.TemporaryDirectory() as folder:
-        specs = {"warm": few, "all": whole, "one": few}
-        warm, on, one = (attacks(bench, each, precision, Path(folder, name)) for name, each in specs.items())
-        warm.hotflip(texts)
+        warm, on, one = (attacks(bench, texts, each, precision) for each in (few, whole, few))
+
+        def search(model: FlipAttacks, attack: str) -> list[dict[str, Any]]:
+            return model.search(attack, texts, Path(folder, f"{id(model)}.{attack}.json"), lambda: None)
+
+        search(warm, "hotflip")
         found: list[list[dict[str, Any]]] = []
-        taken["hotflip"] = seconds_of(lambda: found.append(on.hotflip(texts)))
-        taken["query_greedy"] = seconds_of(lambda: on.query_greedy(texts))
-        taken["longer"] = spec.flips * seconds_of(lambda: one.longer(texts))
-        taken["transfer"] = seconds_of(lambda: on.transferred({"another": found[0]}, texts))
+        taken["hotflip"] = seconds_of(lambda: found.append(search(on, "hotflip")))
+        taken["query_greedy"] = seconds_of(lambda: search(on, "query_greedy"))
+        taken["longer"] = spec.flips * seconds_of(lambda: search(one, "longer"))
+        flips = {row["text"]: row["flips"] for row in found[0]}
+        taken["transfer"] = seconds_of(lambda: on.transferred("another", flips, texts))
     return taken
 
 
-def attacks(bench: Bench, spec: HotFlip, precision: str, state: Path) -> FlipAttacks:
-    state.mkdir()
+def attacks(bench: Bench, texts: list[dict[str, Any]], spec: HotFlip, precision: str) -> FlipAttacks:
     alphabet = Alphabet.of(bench.tokenizer, bench.tokenizer.encode(END_OF_TEXT).ids[0])
-    return FlipAttacks(bench.model, "random", alphabet, RoundTrip(bench.tokenizer), spec, precision, state, Stop())
+    return FlipAttacks(bench.model, "random", texts, alphabet, RoundTrip(bench.tokenizer), spec, precision)
 
 
 class Enough(Exception):
@@ -89,15 +91,15 @@ def trigger_seconds(bench: Bench, spec: UAT) -> float:
     search, select = (bench.ids(count, spec.text_tokens) for count in (spec.search_texts, spec.select_texts))
     done = 0
 
-    def after_step(positions: int) -> None:
+    def after_step() -> None:
         nonlocal done
-        done += positions
+        done += 1
         if done >= limit:
             raise Enough
 
     def until_enough() -> None:
         try:
-            TriggerSearch(bench.fast, spec, 0, bench.allowed).run(search, select, path, after_step)
+            TriggerSearch(bench.fast, spec, 0, bench.allowed).run(0, search, select, path, after_step)
         except Enough:
             return
 
@@ -107,8 +109,8 @@ def trigger_seconds(bench: Bench, spec: UAT) -> float:
         until_enough()
         limit = 1 + POSITIONS
         taken = seconds_of(until_enough)
-        state = SearchState.stored(path)
-    timed = state.restart * spec.sweeps * spec.trigger_length + state.sweep * spec.trigger_length + state.position - 1
+        state = SearchState.stored(path, 0)
+    timed = state.steps - 1
     if timed != POSITIONS:
         raise RuntimeError(f"{timed} positions were searched, expected {POSITIONS}")
     return taken / POSITIONS

@@ -29,7 +29,7 @@ from utils.attacks.flip_records import FlipAttacks
 from utils.attacks.matched import matched_controls
 from utils.attacks.referee import Referee
 from utils.attacks.round_trip import RoundTrip
-from utils.attacks.trigger_records import find_trigger, text_tensor
+from utils.attacks.trigger_records import TriggerAttacks, text_tensor
 from utils.attacks.uat import with_trigger
 from utils.data.attack_texts import Alphabet, read_attack_texts
 from utils.data.tokenizer import load_tokenizer
@@ -42,7 +42,7 @@ from utils.models.loading import device_of, load_model
 from utils.run.artifacts import read_json, write_json
 from utils.run.folders import Folders
 from utils.run.preemption import Stop
-from utils.run.records import Row
+from utils.run.records import Row, grouped
 from utils.training.recovery import Files, recover
 
 SIGNED = ("monotone.parametrisation=annealed", "monotone.activation=clamped_gelu")
@@ -194,21 +194,24 @@ class Bench:
 
     def _attacked(self, model: Any) -> dict[str, Flips]:
         """Flips on all texts, and with ten times the candidates on the first ones."""
-        attack, texts = self._attacks("best", model), self._texts()["hotflip"]
-        return {"flips": by_text(attack.hotflip(texts)), "longer": by_text(attack.longer(texts))}
+        return {"flips": self._flips("best", model), "longer": self._flips("best", model, "longer")}
 
-    def _flips(self, name: str, model: Any) -> Flips:
-        return by_text(self._attacks(name, model).hotflip(self._texts()["hotflip"]))
-
-    def _attacks(self, name: str, model: Any) -> FlipAttacks:
-        return FlipAttacks(model, name, *self._words(), self.config.hotflip, self.config.compute.precision, self.place, self.stop)
+    def _flips(self, name: str, model: Any, attack: str = "hotflip") -> Flips:
+        texts, spec = self._texts()["hotflip"], self.config.hotflip
+        on = FlipAttacks(model, name, texts, *self._words(), spec, self.config.compute.precision)
+        groups = enumerate(grouped(texts[: spec.longer_texts] if attack == "longer" else texts, spec.batch_size))
+        begun = self.place / f"{name}.{attack}"
+        return by_text(
+            [row for number, group in groups for row in on.search(attack, group, Path(f"{begun}.{number}.json"), self.stop.check)]
+        )
 
     def _trigger(self, model: Any) -> dict[str, float]:
         """One search, its own for each seed; clean and attacked loss on the held-out texts."""
         spec = self.config.uat.model_copy(update={"seed": self.task.seed, "restarts": 1})
         (alphabet, words), sets = self._words(), self._texts()
         path, precision = self.place / "trigger.json", self.config.compute.precision
-        found = find_trigger(model, "best", sets, alphabet, words, spec, precision, path, self.stop)
+        attacks = TriggerAttacks(model, "best", sets, alphabet, words, spec, precision)
+        found = attacks.search(0, path, self.stop.check)
         referee, texts = Referee(model), text_tensor(sets["report"], model.device)
         triggers = {"clean": [], "attacked": found["trigger"]}
         ids = {kind: with_trigger(alphabet.end_of_text, trigger, texts) for kind, trigger in triggers.items()}

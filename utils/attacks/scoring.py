@@ -45,6 +45,10 @@ class Scorer:
         self.budget = Budget()
         self._seen: tuple[Tensor, Pairs] | None = None  # texts of the latest gradient and their keys and values
 
+    def forget(self) -> None:
+        """Drop the keys and values of the latest gradient, so that what comes does not depend on what was done before."""
+        self._seen = None
+
     @torch.no_grad()
     def nll(self, ids: Tensor, scored: int) -> Tensor:
         """ids (N, T) -> (N,) mean negative log-likelihood of the last `scored` tokens, nats per token, fp32."""

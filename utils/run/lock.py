@@ -18,10 +18,10 @@ POLL_SECONDS = 0.2
 
 
 @contextmanager
-def locked(folder: Path, *, queue: Stop | None = None) -> Iterator[None]:
+def locked(folder: Path, *, queue: Stop | None = None, shared: bool = False) -> Iterator[None]:
     """Hold the lock of `folder`. If another process has it: with `queue` wait, unless asked to stop; otherwise raise InputError.
 
-    Both name the owner.
+    Both name the owner. A `shared` lock can be held by several processes, and then by no other one alone.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -29,12 +29,12 @@ def locked(folder: Path, *, queue: Stop | None = None) -> Iterator[None]:
         raise PermissionError(errno.EACCES, "no folder can be made here", str(folder)) from error
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if not _taken(handle):
+        if not _taken(handle, shared):
             owner = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
             if queue is None:
                 raise InputError(f"{folder}: {owner} is at work here; wait for it to end or stop it, then run again")
             print(f"  waiting for {owner}, which is at work in {folder}", flush=True)
-            while not _taken(handle):
+            while not _taken(handle, shared):
                 queue.check()
                 time.sleep(POLL_SECONDS)
         os.ftruncate(handle, 0)
@@ -45,9 +45,19 @@ def locked(folder: Path, *, queue: Stop | None = None) -> Iterator[None]:
         os.close(handle)
 
 
-def _taken(handle: int) -> bool:
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process has the lock of the file `path`, for as long as the block runs. It does not wait."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield _taken(handle)
+    finally:
+        os.close(handle)
+
+
+def _taken(handle: int, shared: bool = False) -> bool:
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

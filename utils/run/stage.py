@@ -28,6 +28,9 @@ NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
 
 
+Task = tuple[int, int]  # (number, how many): one of several jobs that share a stage's work
+
+
 class MissingInput(InputError):
     """A stage whose output is needed has not finished. A stage that sums up the seeds does without, if another seed has it."""
 
@@ -35,6 +38,8 @@ class MissingInput(InputError):
 @dataclass(frozen=True)
 class Stage:
     """A stage as a value.
+
+    `share` does a part of the work (of the task so and so among so many), together with others, and leaves it in the state.
 
     `reads` names artefacts; `writes` maps an artefact's name to its path below the stage's folder; `config_keys` are the
     sections (or `section.key`) of the configuration on which the outputs depend, apart from the inputs.
@@ -49,6 +54,7 @@ class Stage:
     run: Callable[[Context], None]
     version: int = 1
     every_seed: bool = True
+    share: Callable[[Context, Task], None] | None = None
 
     @property
     def label(self) -> str:
@@ -90,19 +96,24 @@ def producer(pipeline: Sequence[Stage], artefact: str) -> Stage:
     return stage
 
 
-def run_stage(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[Stage], stop: Stop, discard: bool = False) -> int:
-    """Run one stage, or find that there is nothing to do. Returns an exit code and prints every message a user needs."""
+def run_stage(
+    stage: Stage, config: Experiment, seed: int, pipeline: Sequence[Stage], stop: Stop, discard: bool = False, task: Task | None = None
+) -> int:
+    """Run one stage, or find that there is nothing to do. Returns an exit code and prints every message a user needs.
+
+    As a `task` it does its share, beside others, and the stage is not complete afterwards.
+    """
     where = f"stage {stage.number} {stage.name}" + (f", seed {seed}" if stage.every_seed else "")
     folder: Path | None = None
     try:
         folders = Folders.of(config.paths, config.run_name)
         folder = stage.folder(folders, seed)
-        with locked(folder, queue=stop if restarted() else None):
+        with locked(folder, queue=stop if restarted() else None, shared=task is not None):
             inputs, identity = _gather(stage, config, seed, pipeline, folders)
             context = Context(config, folders, seed, folder, stage.writes, inputs, stop, identity)
             reason = _unusable(stage, context)
             if reason is None:
-                return _work(stage, context, where)
+                return _work(stage, context, where) if task is None else _share(stage, context, where, task)
             if _outdated_summary(stage, context):
                 print(f"[{where}] the inputs changed; the earlier results are kept in {set_aside(folder)}")
             elif discard:
@@ -153,6 +164,21 @@ def _work(stage: Stage, context: Context, where: str) -> int:
     manifest.complete(folder, notes, stage.writes, seconds)
     remove(context.state)
     print(f"[{where}] done in {duration(seconds)}: {folder}", flush=True)
+    return DONE
+
+
+def _share(stage: Stage, context: Context, where: str, task: Task) -> int:
+    """Do a task's share, in a folder that only others like it use meanwhile."""
+    assert stage.share is not None
+    if manifest.completed(context.folder):
+        print(f"[{where}] already complete: {context.folder}")
+        return DONE
+    print(f"[{where}] task {task[0] + 1} of {task[1]}: {stage.purpose}", flush=True)
+    with locked(context.folder / "starts", queue=context.stop):
+        manifest.begin(context.folder, context.identity)
+    with Report.into(context.state / "progress.json", context.stop.deadline):
+        stage.share(context, task)
+    print(f"[{where}] task {task[0] + 1} of {task[1]} found nothing more to take", flush=True)
     return DONE
 
 

@@ -1,0 +1,49 @@
+"""What a machine can fail at, in words, with what to do: disks, memory, devices."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE}
+NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory")
+NO_DEVICE = re.compile(r"CUDA error|CUDA driver|CUBLAS_STATUS|CUDNN_STATUS|NCCL|No CUDA GPUs")
+KEPT = "What is complete is kept"
+
+
+def explained(error: Exception, folder: Path | None) -> str | None:
+    """Why the work in `folder` ended, and what to do; None for an error that is no fault of the machine.
+
+    torch is not imported here: its errors are known by their names and words.
+    """
+    kind, said = type(error).__name__, (str(error).splitlines() or [""])[0][:300]
+    if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+        named = error.filename or folder
+        return (
+            f"cannot write or read {named}: {error.strerror or error}{_inodes(error, folder)}. {KEPT}: "
+            "make room or give access, or choose other folders (paths.work, paths.results, paths.cache), then run again."
+        )
+    if kind == "OutOfMemoryError":
+        return (
+            f"the device ran out of memory ({said}). {KEPT}: is another process on the device? Take a larger one, or smaller batches "
+            "(evaluate.batch_size, hotflip.batch_size, training.micro_batch), then run again."
+        )
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM) or NO_MEMORY.search(str(error)):
+        return f"the machine ran out of memory ({said or kind}). {KEPT}: give it more (`memory` in the cluster file), then run again."
+    if kind == "AcceleratorError" or (isinstance(error, RuntimeError) and NO_DEVICE.search(str(error))):
+        return f"the device failed ({said}). {KEPT}: run again, on another machine if the same one fails once more."
+    return None
+
+
+def _inodes(error: OSError, folder: Path | None) -> str:
+    """A disk can have room, and no entry left for another file."""
+    with suppress(OSError):
+        if error.errno == errno.ENOSPC and folder is not None and (there := os.statvfs(folder)).f_files and not there.f_favail:
+            return " (no inodes: too many files)"
+    return ""

@@ -1,4 +1,4 @@
-"""Several processes at once where one should be: in a stage's folder, on one machine and on several, in the cache, at the summary, at `run_all.sh`."""
+"""Several processes where one should be: in a stage's folder, on one machine or several, in the cache, at the summary, at run_all.sh."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.fake_stages import ROOT, SQUARES_OF_42, folder_of
-from tests.fake_stages import NUMBERS, SQUARES, TOTAL
+from tests.fake_stages import NUMBERS, ROOT, SQUARES, SQUARES_OF_42, TOTAL, folder_of
 from tests.faults.outcome import Outcome
+from tests.faults.rival import SQUARE_SECONDS
 
 AMOUNT = 100
 AT_ONCE = 4  # trials, which mostly wait
-SQUARE_SECONDS = 0.25  # of a group of five numbers, of which there are three
 
 Found = str | None  # what fell over
 Finished = tuple[int, str]  # exit code and everything printed
@@ -34,7 +34,7 @@ class Room:
     chance: random.Random
     planted: str = ""
 
-    def rival(self, work: str = "squares", job: int = 17, **more: object) -> subprocess.Popen[str]:
+    def rival(self, work: str = "squares", job: int = 17, **more: Any) -> subprocess.Popen[str]:
         """Start a process; what it can be told is in tests/faults/rival.py."""
         told = json.dumps({"work": work, "diary": str(self.folder / "diary"), "planted": self.planted} | more)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -46,7 +46,7 @@ class Room:
             command, cwd=ROOT, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
 
-    def alone(self, work: str, **more: object) -> None:
+    def alone(self, work: str, **more: Any) -> None:
         """Do something before the trial."""
         code, said = ended(self.rival(work, **more))
         assert code == 0, said
@@ -56,19 +56,21 @@ class Room:
         path = self.folder / "diary"
         return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
-    def until_at_work(self, rival: subprocess.Popen[str]) -> None:
+    def until(self, rival: subprocess.Popen[str], what: str = "began") -> None:
         end = time.monotonic() + 60
-        while [str(rival.pid), "began"] not in self.diary() and rival.poll() is None and time.monotonic() < end:
+        while [str(rival.pid), what] not in self.diary() and rival.poll() is None and time.monotonic() < end:
             time.sleep(0.01)
 
     def overlap(self, dead: tuple[int, ...] = ()) -> Found:
         """Whether one began before another had ended that was not dead by then."""
         inside: set[str] = set()
         for process, what in self.diary():
-            inside -= {str(pid) for pid in dead}
-            if what == "began" and inside:
+            if what == "began" and inside - {str(pid) for pid in dead}:
                 return f"process {process} began while {', '.join(inside)} was at work"
-            (inside.add if what == "began" else inside.discard)(process)
+            if what == "began":
+                inside.add(process)
+            elif what == "ended":
+                inside.discard(process)
         return None
 
     def wrong(self) -> Found:
@@ -104,12 +106,14 @@ def unless(condition: bool, words: str) -> Found:
 def second_job_of_a_stage(room: Room) -> Found:
     """It refuses and names the first."""
     room.alone("numbers")
-    first = room.rival()
-    room.until_at_work(first)
+    first = room.rival(slow=4)
+    room.until(first)
     time.sleep(room.chance.uniform(0.0, 2 * SQUARE_SECONDS))
     code, said = ended(room.rival(job=18))
     refused = code == 2 and named(first, said)
-    return first_of(unless(refused, f"the second ended with {code}: {said}"), unless(ended(first)[0] == 0, "the first failed"), room.wrong())
+    return first_of(
+        unless(refused, f"the second ended with {code}: {said}"), unless(ended(first)[0] == 0, "the first failed"), room.wrong()
+    )
 
 
 def two_at_the_same_moment(room: Room) -> Found:
@@ -126,8 +130,8 @@ def two_at_the_same_moment(room: Room) -> Found:
 def requeued_while_its_first_start_lives(room: Room) -> Found:
     """It waits, then finds the work done."""
     room.alone("numbers")
-    first = room.rival()
-    room.until_at_work(first)
+    first = room.rival(slow=4)
+    room.until(first)
     code, said = ended(room.rival(restarted=True))
     right = code == 0 and f"waiting for process {first.pid} on " in said and "already complete" in said
     return first_of(unless(right, f"ended with {code}: {said}"), unless(ended(first)[0] == 0, "the first failed"), room.wrong())
@@ -147,7 +151,7 @@ def owner_elsewhere_lives(room: Room) -> Found:
     room.alone("numbers")
     blind = room.chance.random() < 0.5
     first = room.rival(machine="node-a", blind=blind, slow=5)
-    room.until_at_work(first)
+    room.until(first)
     code, said = ended(room.rival(job=18, machine="node-b", blind=blind))
     refused = code == 2 and named(first, said, "node-a")
     return first_of(
@@ -182,8 +186,8 @@ def folder_is_moved_aside_under_one_that_waits(room: Room) -> Found:
     """The lock that it gets in the end must be that of the new folder."""
     room.alone("numbers")
     room.alone("squares", sweeps=1)
-    first = room.rival(discard=True, slow_move=1.5)
-    room.until_at_work(first)
+    first = room.rival(discard=True, slow_move=2.0, slow=4)
+    room.until(first, "moves")
     waiting = room.rival(job=18, restarted=True)
     results = [ended(first), ended(waiting)]
     return first_of(unless([code for code, _ in results] == [0, 0], f"ended with {results}"), room.overlap(), room.wrong())
@@ -195,7 +199,7 @@ def summary_while_an_input_is_made_again(room: Room) -> Found:
         room.alone("numbers", seed=seed)
         room.alone("squares", seed=seed)
     summary = room.rival("total", slow=2)
-    room.until_at_work(summary)
+    room.until(summary)
     time.sleep(room.chance.uniform(0.0, 2.0))
     shutil.rmtree(folder_of(SQUARES, room.folder, 7))
     room.alone("squares", seed=7, power=3)
@@ -239,11 +243,13 @@ def run_all_twice(room: Room) -> Found:
     (good, _), (code, said) = results
     words = "is at work here; wait for it to end" in said and "Traceback" not in said
     starts = json.loads((folder_of(NUMBERS, room.folder).with_name("stage_0_setup") / "manifest.json").read_text())["starts"]
-    return first_of(unless(good == 0 and code == 2 and words, f"ended with {results}"), unless(len(starts) == 1, f"started {len(starts)} times"))
+    return first_of(
+        unless(good == 0 and code == 2 and words, f"ended with {results}"), unless(len(starts) == 1, f"started {len(starts)} times")
+    )
 
 
 def _killed(room: Room, rival: subprocess.Popen[str]) -> tuple[int, ...]:
-    room.until_at_work(rival)
+    room.until(rival)
     time.sleep(room.chance.uniform(0.0, 3 * SQUARE_SECONDS))
     rival.kill()
     rival.communicate()

@@ -1,9 +1,9 @@
 """One of several processes that want the same folder: python -m tests.faults.rival JSON. Exits with the stage's code.
 
-The JSON says: `work` (numbers, squares, total, cache); `diary`, a file in which it notes when its work began and ended; `machine`, the name of
-the machine that it pretends to be, with the others on a shared file system; `blind`, whether a machine knows its own locks alone there;
-`seed`, `sweeps`, `discard`; `slow`, how many times as long the work takes; `slow_move`, seconds before a folder is moved aside; `power` in
-place of 2; `planted`, a fault of the program: `no lock`, `no mark`, `no look` (at inputs that are made again).
+The JSON says: `work` (numbers, squares, total, cache); `diary`, a file in which it notes when its work began and ended; `machine`, the
+name of the machine that it pretends to be, with the others on a shared file system; `blind`, whether a machine knows its own locks alone
+there; `seed`, `sweeps`, `discard`; `slow`, how many times as long the work takes; `slow_move`, seconds before a folder is moved aside;
+`power` in place of 2; `planted`, a fault of the program, see `disguise`.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import os
 import socket
 import sys
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tests.fake_stages import NUMBERS, SQUARES, TOTAL, run, write_total
-from tests.faults.concurrency import SQUARE_SECONDS
 from utils.run import lock, stage
 from utils.run.artifacts import read_json, write_json
 from utils.run.cache import cached
 from utils.run.preemption import Stop
 from utils.run.records import Records, grouped, read_rows
-from utils.run.stage import Context
+from utils.run.stage import Context, set_aside
 
 BEAT, SILENT, SETTLE = 0.1, 2.0, 0.5  # seconds, in place of the program's own
+SQUARE_SECONDS = 0.25  # of a group of five numbers, of which there are three
 
 
 class Rival:
@@ -47,18 +47,23 @@ class Rival:
             lock.file_system = lambda path: "nfs"
         if self.told.get("blind"):
             lock.fcntl = self  # type: ignore[assignment]
-        if self.told["planted"] == "no lock":
-            lock._taken = lambda handle: True
-        if self.told["planted"] == "no mark":
-            lock._alive = lambda path, there, queue: False
-        if self.told["planted"] == "no look":
-            stage._made_again = lambda stage, context, pipeline: None
+        if self.told.get("slow_move"):
+            stage.set_aside = self.move
+        match self.told["planted"]:
+            case "no lock":
+                lock._taken = lambda handle: True
+            case "no mark":
+                lock._alive = lambda path, there, queue: False
+            case "no second look at the lock":
+                lock._same = lambda handle, path: True
+            case "no second look at the inputs":
+                stage._made_again = lambda stage, context, pipeline: None
 
     LOCK_EX, LOCK_NB = fcntl.LOCK_EX, fcntl.LOCK_NB
 
     def flock(self, handle: int, how: int) -> None:
         """A lock that is known on this machine alone: it lies beside the real one."""
-        path = os.readlink(f"/proc/self/fd/{handle}") + f".{socket.gethostname()}"
+        path = f"{Path(f'/proc/self/fd/{handle}').readlink()}.{socket.gethostname()}"
         if path not in self.held:
             beside = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(beside, how)
@@ -67,7 +72,7 @@ class Rival:
     # --- work
 
     def note(self, what: str) -> None:
-        with open(self.told["diary"], "a") as diary:
+        with Path(self.told["diary"]).open("a") as diary:
             diary.write(f"{os.getpid()} {what}\n")
 
     @contextmanager
@@ -97,8 +102,9 @@ class Rival:
                 time.sleep(SQUARE_SECONDS)
 
     def move(self, folder: Path) -> Path:
+        self.note("moves")
         time.sleep(self.told["slow_move"])
-        return stage.set_aside(folder)
+        return set_aside(folder)
 
     def work(self) -> int:
         work = self.told["work"]
@@ -117,15 +123,6 @@ class Rival:
 def main() -> int:
     rival = Rival(json.loads(sys.argv[1]))
     rival.disguise()
-    if rival.told.get("slow_move"):
-        original = stage.set_aside
-
-        def move(folder: Path) -> Path:
-            rival.note("moves")
-            time.sleep(rival.told["slow_move"])
-            return original(folder)
-
-        stage.set_aside = move
     return rival.work()
 
 

@@ -12,31 +12,36 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE}
 NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
-NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory")
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|bad_alloc|[Cc]annot allocate memory|can't start new thread")
 NO_DEVICE = re.compile(r"CUDA error|CUDA driver|CUBLAS_STATUS|CUDNN_STATUS|NCCL|No CUDA GPUs")
 KEPT = "What is complete is kept"
 
 
 def explained(error: Exception, folder: Path | None) -> str | None:
-    """Why the work in `folder` ended, and what to do; None for an error that is no fault of the machine.
-
-    torch is not imported here: its errors are known by their names and words.
-    """
-    kind, said = type(error).__name__, (str(error).splitlines() or [""])[0][:300]
+    """Why the work in `folder` ended, and what to do; None for an error that is no fault of the machine."""
     if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
-        named = error.filename or folder
         return (
-            f"cannot write or read {named}: {error.strerror or error}{_inodes(error, folder)}. {KEPT}: "
+            f"cannot write or read {error.filename or folder}: {error.strerror or error}{_inodes(error, folder)}. {KEPT}: "
             "make room or give access, or choose other folders (paths.work, paths.results, paths.cache), then run again."
         )
+    return exhausted(error)
+
+
+def exhausted(error: Exception) -> str | None:
+    """As `explained`, of memory and devices alone: what a reader must not take for a fault of the file that it reads.
+
+    torch is not imported here; its errors are known by their names and words.
+    """
+    kind, text = type(error).__name__, str(error)
+    said = (text.splitlines() or [""])[0][:300] or kind
     if kind == "OutOfMemoryError":
         return (
             f"the device ran out of memory ({said}). {KEPT}: is another process on the device? Take a larger one, or smaller batches "
             "(evaluate.batch_size, hotflip.batch_size, training.micro_batch), then run again."
         )
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM) or NO_MEMORY.search(str(error)):
-        return f"the machine ran out of memory ({said or kind}). {KEPT}: give it more (`memory` in the cluster file), then run again."
-    if kind == "AcceleratorError" or (isinstance(error, RuntimeError) and NO_DEVICE.search(str(error))):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM) or NO_MEMORY.search(text):
+        return f"the machine ran out of memory ({said}). {KEPT}: give it more (`memory` in the cluster file), then run again."
+    if kind == "AcceleratorError" or (isinstance(error, RuntimeError) and NO_DEVICE.search(text)):
         return f"the device failed ({said}). {KEPT}: run again, on another machine if the same one fails once more."
     return None
 

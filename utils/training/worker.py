@@ -12,6 +12,7 @@ from utils.run.artifacts import read_json
 from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
 from utils.run.preemption import SIGNALS, die_with_parent
 from utils.run.progress import Report
+from utils.run.trouble import explained
 from utils.training.distributed import joined
 from utils.training.launch import StopFile
 from utils.training.loop import train
@@ -40,6 +41,11 @@ def main(path: str) -> int:
     except (InputError, WorkFailed) as error:
         print(f"  {error}", file=sys.stderr, flush=True)
         return REFUSED if isinstance(error, InputError) else FAILED
+    except Exception as error:
+        if (words := explained(error, files.state)) is None:
+            raise
+        print(f"  {words}", file=sys.stderr, flush=True)
+        return FAILED
     return DONE
 
 

@@ -31,7 +31,14 @@ from utils.run.stage import Stage, run_stage
 
 PATIENCE = 120.0  # seconds after which a stage is said to hang
 NEVER = 2**62
-HEAVY: tuple[str, ...] = ("torch", "transformers", "utils.models.convert", "utils.report.page", "utils.training.recovery", "utils.data.tokenise")
+HEAVY: tuple[str, ...] = (
+    "torch",
+    "transformers",
+    "utils.models.convert",
+    "utils.report.page",
+    "utils.training.recovery",
+    "utils.data.tokenise",
+)
 HEAVY += tuple(f"utils.{name}" for name in ("attacks.flip_study", "attacks.trigger_study", "evaluation.generation", "evaluation.order"))
 
 

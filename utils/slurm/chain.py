@@ -145,8 +145,8 @@ class Chain:
             keys = self.keys(job)
             needed = {(parent, seed) for number, seed in keys for parent in self.waits_for[number]}
             if job.live and job.state == "PENDING" and needed & moved:
-                parents = self.waits_for[keys[0][0]]
-                client.update(job.id, Dependency=dependency(parents, [seed for _, seed in keys], queued))
+                stage = self.pipeline[keys[0][0]]
+                client.update(job.id, Dependency=dependency(stage, self.waits_for[stage.number], [seed for _, seed in keys], queued))
                 changed.append(job.id)
         return changed
 

@@ -66,6 +66,7 @@ class Week:
     disk: Path
     happened: list[str] = field(default_factory=list)
     later: list[tuple[float, Callable[[], object]]] = field(default_factory=list)  # what mends a fault, and when
+    down: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)  # jobs whose end has been looked at
     unclear: list[str] = field(default_factory=list)
     resumed: int = 0
@@ -84,59 +85,74 @@ class Week:
         lines = self.cluster.show("%i %N %j", "-t", "R")
         return [(line.split()[0], line.split()[1]) for line in lines if " job_" in line]
 
-    # --- what happens
+    # --- what happens; each says whether it hit something
 
-    def node_crashes(self) -> None:
+    def node_crashes(self) -> bool:
         """Its daemon and all that runs on it are gone; it is back after some seconds."""
-        self._on_a_node(self.cluster.crash)
+        return self._on_a_node(self.cluster.crash)
 
-    def node_daemon_dies(self) -> None:
+    def node_daemon_dies(self) -> bool:
         """What runs there goes on."""
-        self._on_a_node(self.cluster.kill_daemon)
+        return self._on_a_node(self.cluster.kill_daemon)
 
-    def _on_a_node(self, kill: Callable[[str], None]) -> None:
-        down = {node for node in self.cluster.nodes if not (self.cluster.folder / f"run/slurmd-{node}.pid").exists()}
-        busy = sorted({node for _, node in self.running()} - down) or self.cluster.nodes
-        node = self.chance.choice(busy)
-        kill(node)
-        self.after(self.chance.uniform(1.0, 5.0), lambda: self.cluster.start_node(node))
+    def _on_a_node(self, kill: Callable[[str], None]) -> bool:
+        busy = sorted({node for _, node in self.running()} - self.down)
+        if busy:
+            node = self.chance.choice(busy)
+            self.down.add(node)
+            kill(node)
+            self.after(self.chance.uniform(1.0, 5.0), lambda: self._back(node))
+        return bool(busy)
 
-    def job_is_preempted(self) -> None:
+    def _back(self, node: str) -> None:
+        self.cluster.start_node(node)
+        self.down.remove(node)
+
+    def job_is_preempted(self) -> bool:
         """Somebody more important takes a whole node."""
-        node = self.chance.choice(self.cluster.nodes)
+        busy = sorted({node for _, node in self.running()} - self.down)
+        if not busy:
+            return False
+        node = self.chance.choice(busy)
         urgent = ["--partition=urgent", f"--nodelist={node}", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 1"]
         self.cluster.call("sbatch", *urgent, check=False)
+        return True
 
-    def controller_restarts(self) -> None:
-        self._controller(signal.SIGTERM)
+    def controller_restarts(self) -> bool:
+        return self._controller(signal.SIGTERM)
 
-    def controller_is_killed(self) -> None:
-        self._controller(signal.SIGKILL)
+    def controller_is_killed(self) -> bool:
+        return self._controller(signal.SIGKILL)
 
-    def _controller(self, how: signal.Signals) -> None:
+    def _controller(self, how: signal.Signals) -> bool:
         self.cluster.stop_controller(how)
         time.sleep(self.chance.uniform(0.2, 3.0))
         self.cluster.start_controller()
+        return True
 
-    def disk_is_full(self) -> None:
+    def disk_is_full(self) -> bool:
         """Of all seeds, for some seconds."""
         fill = self.disk / "fill"
         with suppress(OSError), fill.open("wb") as handle:
             os.posix_fallocate(handle.fileno(), 0, shutil.disk_usage(self.disk).free)
         self.after(self.chance.uniform(1.0, 4.0), lambda: fill.unlink(missing_ok=True))
+        return True
 
-    def process_is_killed(self) -> None:
+    def process_is_killed(self) -> bool:
         """As the kernel does when memory is short."""
         pids = {line.split()[3] for line in self.diary.read_text().splitlines()[-20:]}
         for pid in self.chance.sample(sorted(pids), len(pids)):
             with suppress(OSError):
                 if b"stages.__main__" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(int(pid), signal.SIGKILL)
-                    return
+                    return True
+        return False
 
-    def job_is_cancelled(self) -> None:
-        if jobs := self.running():
+    def job_is_cancelled(self) -> bool:
+        jobs = self.running()
+        if jobs:
             self.cluster.call("scancel", self.chance.choice(jobs)[0], check=False)
+        return bool(jobs)
 
     # --- the user
 
@@ -173,7 +189,7 @@ class Week:
 
 
 OFTEN = (Week.node_crashes, Week.node_crashes, Week.job_is_preempted, Week.controller_restarts)
-KINDS: tuple[Callable[[Week], None], ...] = (*OFTEN, *OFTEN, Week.controller_is_killed, Week.node_daemon_dies)
+KINDS: tuple[Callable[[Week], bool], ...] = (*OFTEN, *OFTEN, Week.controller_is_killed, Week.node_daemon_dies)
 KINDS += (Week.disk_is_full, Week.process_is_killed, Week.job_is_cancelled)
 
 
@@ -224,7 +240,8 @@ def campaign(folder: Path, amount: int, seed: int) -> Iterator[Outcome]:
     trouble = [*week.unclear, *([] if ended else ["not complete"]), *(f"left behind: {name}" for name in left)]
     yield from (Outcome(words, not trouble, "; ".join(trouble) or "complete in the end") for words in week.happened)
     lost, limits = lost_steps(week.diary.read_text()), _time_limits(week.checkout)
-    words = f"{limits} time limits, resumed by hand {week.resumed} times"
+    starts = week.diary.read_text().count(" start ")
+    words = f"{starts} starts, {limits} stops in time, {len(week.seen)} jobs that ended badly, resumed by hand {week.resumed} times"
     for one in (*SEEDS, None):
         mark = f"seed_{one}/" if one is not None else "final_results"
         different = [name for name in expected if mark in name and expected[name] != found.get(name)]
@@ -241,8 +258,10 @@ def _lived(week: Week, amount: int) -> bool:
     week.chance.shuffle(kinds)
     while kinds and time.monotonic() - began < LONGEST and not week.complete():
         kind = kinds.pop()
-        week.happened.append(kind.__name__.replace("_", " "))
-        kind(week)
+        if kind(week):
+            week.happened.append(kind.__name__.replace("_", " "))
+        else:
+            kinds.insert(0, kind)
         time.sleep(week.chance.uniform(0.5, 3.0))
         week.mend()
         week.look()

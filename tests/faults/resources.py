@@ -56,9 +56,7 @@ class Machine:
         return told
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 @dataclass(frozen=True)

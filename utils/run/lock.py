@@ -95,16 +95,29 @@ def _owner(handle: int, path: Path, mark: Mark, queue: Stop | None) -> Mark | No
     """Who has the lock; None if we have it now."""
     if not _taken(handle):
         return _introduced(path)
-    shared = file_system(path.parent) not in LOCAL_FILE_SYSTEMS
+    if file_system(path.parent) in LOCAL_FILE_SYSTEMS:
+        mark.write(handle)
+        return None
     there = Mark.read(path)
-    if shared and there.elsewhere and _alive(path, there, queue):
+    if there.elsewhere and _alive(path, there, queue):
+        return there
+    return _settled(handle, path, mark, there)
+
+
+def _settled(handle: int, path: Path, mark: Mark, free: Mark) -> Mark | None:
+    """Who has the lock, of those that found it free at once; None if it is us.
+
+    Where it took long to write, another may have entered between our look and our write; seeing our mark, that one ends.
+    """
+    looked = time.monotonic()
+    if (there := Mark.read(path)) != free:
         return there
     mark.write(handle)
-    if shared:
-        os.fsync(handle)
-        time.sleep(SETTLE_SECONDS)
-        there = Mark.read(path)
-    return there if shared and there.name != mark.name else None
+    os.fsync(handle)
+    slow = time.monotonic() - looked > SETTLE_SECONDS / 2
+    time.sleep(3 * BEAT_SECONDS if slow else SETTLE_SECONDS)
+    there = Mark.read(path)
+    return None if there.name == mark.name else there
 
 
 def _taken(handle: int) -> bool:

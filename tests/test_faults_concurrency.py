@@ -24,7 +24,7 @@ from utils.run.errors import DONE, FAILED, InputError
 from utils.run.lock import locked
 from utils.run.mark import Mark
 from utils.run.preemption import Stop
-from utils.run.stage import Context
+from utils.run.stage import Context, set_aside
 
 
 def test_campaign_survives_and_notices_a_lock_that_does_not_hold(tmp_path: Path) -> None:
@@ -104,6 +104,28 @@ def test_of_two_marks_written_at_once_the_last_one_counts(machines: Machines, tm
     monkeypatch.setattr(lock.time, "sleep", overtaken)
     with pytest.raises(InputError, match="process 9 on node-z is at work here"), locked(tmp_path):
         pass
+
+
+def test_lock_of_a_folder_that_was_moved_aside_is_none(tmp_path: Path) -> None:
+    """Who waited for it gets that of the folder that is there now."""
+    folder, inside = tmp_path / "stage", threading.Event()
+    leave = threading.Event()
+
+    def wait() -> None:
+        with locked(folder, queue=Stop()):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=wait)
+    with locked(folder):
+        thread.start()
+        time.sleep(0.1)
+        set_aside(folder)
+    assert inside.wait(10)
+    with pytest.raises(InputError, match="is at work here"), locked(folder):
+        pass
+    leave.set()
+    thread.join()
 
 
 def test_slow_write_waits_until_one_that_entered_meanwhile_has_ended(

@@ -2,8 +2,8 @@
 
 The JSON says: `work` (numbers, squares, total, cache); `diary`, a file in which it notes when its work began and ended; `machine`, the
 name of the machine that it pretends to be, with the others on a shared file system; `blind`, whether a machine knows its own locks alone
-there; `seed`, `sweeps`, `discard`; `slow`, how many times as long the work takes; `slow_move`, seconds before a folder is moved aside;
-`power` in place of 2; `planted`, a fault of the program, see `disguise`.
+there; `seed`, `sweeps`, `discard`; `slow`, how many times as long the work takes; `held`, a file as long as which is there it does not go
+on; `power` in place of 2; `planted`, a fault of the program, see `disguise`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ class Rival:
             lock.file_system = lambda path: "nfs"
         if self.told.get("blind"):
             lock.fcntl = self  # type: ignore[assignment]
-        if self.told.get("slow_move"):
-            stage.set_aside = self.move
+        stage.set_aside = self.move
         match self.told["planted"]:
             case "no lock":
                 lock._taken = lambda handle: True
@@ -75,6 +74,10 @@ class Rival:
         with Path(self.told["diary"]).open("a") as diary:
             diary.write(f"{os.getpid()} {what}\n")
 
+    def wait(self) -> None:
+        while "held" in self.told and Path(self.told["held"]).exists():
+            time.sleep(0.01)
+
     @contextmanager
     def noted(self) -> Iterator[None]:
         self.note("began")
@@ -85,6 +88,7 @@ class Rival:
         with self.noted():
             records = Records(ctx.state / "squares.jsonl")
             for group in records.pending(grouped(read_json(ctx.read("numbers")), 5)):
+                self.wait()
                 time.sleep(SQUARE_SECONDS * self.told["slow"])
                 records.append({"number": number, "square": number ** self.told["power"]} for number in group)
             write_json(ctx.write("squares"), read_rows(records.path))
@@ -103,7 +107,7 @@ class Rival:
 
     def move(self, folder: Path) -> Path:
         self.note("moves")
-        time.sleep(self.told["slow_move"])
+        self.wait()
         return set_aside(folder)
 
     def work(self) -> int:

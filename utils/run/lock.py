@@ -93,8 +93,11 @@ def _same(handle: int, path: Path) -> bool:
 
 def _owner(handle: int, path: Path, mark: Mark, queue: Stop | None) -> Mark | None:
     """Who has the lock; None if we have it now."""
-    if not _taken(handle):
-        return _introduced(path)
+    end = time.monotonic() + SETTLE_SECONDS
+    while not _taken(handle):  # without a mark it was taken just now, or is given back just now
+        if (there := Mark.read(path)).name or time.monotonic() > end:
+            return there
+        time.sleep(POLL_SECONDS / 10)
     if file_system(path.parent) in LOCAL_FILE_SYSTEMS:
         mark.write(handle)
         return None
@@ -126,14 +129,6 @@ def _taken(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _introduced(path: Path) -> Mark:
-    """The mark of an owner, which may have taken the lock just now and be about to write it."""
-    end = time.monotonic() + SETTLE_SECONDS
-    while not (there := Mark.read(path)).name and time.monotonic() < end:
-        time.sleep(POLL_SECONDS / 10)
-    return there
 
 
 def _alive(path: Path, there: Mark, queue: Stop | None) -> bool:

@@ -136,7 +136,7 @@ def test_slow_write_waits_until_one_that_entered_meanwhile_has_ended(
     monkeypatch.setattr(lock.time, "sleep", waited.append)
     with locked(tmp_path):
         pass
-    ticks = iter((0.0, 0.11))
+    ticks = iter((0.0, 0.0, 0.11))
     monkeypatch.setattr(lock.time, "monotonic", lambda: next(ticks))
     with locked(tmp_path):
         monkeypatch.undo()

@@ -53,8 +53,6 @@ class Rival:
                 lock._taken = lambda handle: True
             case "no mark":
                 lock._alive = lambda path, there, queue: False
-            case "no second look at the lock":
-                lock._same = lambda handle, path: True
             case "no second look at the inputs":
                 stage._made_again = lambda stage, context, pipeline: None
 

@@ -77,7 +77,7 @@ class Room:
         return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
     def until(self, rival: subprocess.Popen[str], what: str = "began") -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while [str(rival.pid), what] not in self.diary() and rival.poll() is None and time.monotonic() < end:
             time.sleep(0.01)
 
@@ -103,7 +103,7 @@ class Room:
 
 
 def ended(rival: subprocess.Popen[str]) -> Finished:
-    said, _ = rival.communicate(timeout=120)
+    said, _ = rival.communicate(timeout=600)
     return rival.returncode, said
 
 

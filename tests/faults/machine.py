@@ -29,7 +29,7 @@ from utils.run import artifacts, stage
 from utils.run.preemption import Stop
 from utils.run.stage import Stage, run_stage
 
-PATIENCE = 120.0  # seconds after which a stage is said to hang
+PATIENCE = 600.0  # seconds after which a stage is said to hang
 NEVER = 2**62
 HEAVY: tuple[str, ...] = (
     "torch",

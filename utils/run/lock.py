@@ -44,7 +44,8 @@ def locked(folder: Path, *, queue: Stop | None = None) -> Iterator[None]:
         yield
     finally:
         ending.set()
-        pulse.join()
+        if pulse.is_alive():
+            pulse.join()
         with suppress(OSError):
             os.ftruncate(handle, 0)
         os.close(handle)

@@ -108,6 +108,7 @@ elif [ "$status" = 75 ]; then
     asked=''
     run_as_child requeue "$stage"
 elif [ "$status" != 0 ]; then
+    [ "$status" != 137 ] || say "the stage was killed: the node's memory did not suffice (memory in the cluster file), or someone did it" >&2
     say "the stage ended with code $status. Jobs that wait for it are cancelled by SLURM. Read the lines above; when the cause is gone: bash run_all.sh --resume" >&2
 fi
 say "ends with code $status"

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from configs.presets import ConfigError
 from stages import slurm
 from stages.pipeline import add_experiment_options, depends_on, experiment, run_each, stages
-from utils.run.errors import DONE, REFUSED, InputError
+from utils.run.errors import DONE, FAILED, REFUSED, InputError
 from utils.run.folders import Folders
 from utils.run.stage import Stage
+from utils.run.trouble import explained
+
+UNREAD = 141  # as a shell says of a program that SIGPIPE has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    try:
+        code = _done(_parser().parse_args(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return UNREAD
+    return code
+
+
+def _done(options: argparse.Namespace) -> int:
+    """Carry out a command; returns its exit code."""
     try:
         if options.command == "share":
             return slurm.share(options.stage)
@@ -34,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, InputError) as error:
         print(error, file=sys.stderr)
         return REFUSED
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or (words := explained(error, Path.cwd())) is None:
+            raise
+        print(words, file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return 130
 

@@ -193,7 +193,7 @@ def test_waiting_jobs_are_pointed_at_the_new_makers_of_their_inputs(root: Path, 
     new = {key: Queued(name, task, frozenset({task})) for key, name, task in [((1, 7), "30", 1), ((4, 7), "31", 1), ((1, 1337), "32", 2)]}
     jobs = client.queue()
     assert chain.repoint(jobs, chain.queued(jobs) | new, new) == ["17_1", "19"]
-    assert slurm.waits == {"17_1": "afterok:30_1", "19": "afterok:31_1:21_1"}
+    assert slurm.waits == {"17_1": "afterok:30_1", "19": "afterany:31_1:21_1"}
 
 
 def test_arrays_that_share_work_are_pointed_too_and_still_waited_for(root: Path, slurm: FakeSlurm) -> None:

@@ -22,6 +22,7 @@ from utils.run.errors import InputError
 from utils.run.gguf import gguf_file
 from utils.run.hub import model_folder
 from utils.run.preemption import Stop
+from utils.run.trouble import exhausted
 
 transformers_logging.disable_progress_bar()
 UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)  # what from_pretrained raises for a folder it cannot load
@@ -56,6 +57,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
     try:
         model = _read(folder, local_files_only=True)
     except UNREADABLE as error:
+        if exhausted(error):
+            raise
         raise InputError(f"{folder}: expected a model folder with config.json and safetensors weights: {error}") from None
     return model.to(device).eval()
 
@@ -85,6 +88,8 @@ def _read_gguf(path: Path) -> PreTrainedModel:
     try:
         found = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, **packed)
     except (*UNREADABLE, LookupError, struct.error) as error:  # what its reader raises for a file of another kind, or a torn one
+        if exhausted(error):
+            raise
         raise InputError(f"{path}: expected a GGUF file of an architecture that transformers knows: {str(error).splitlines()[0]}") from None
     plain = AutoModelForCausalLM.from_config(type(found.config).from_dict(_unpacked(found.config)), dtype=torch.float32)
     plain.load_state_dict(found.state_dict())
@@ -138,6 +143,8 @@ def fetch_pretrained(model: Model, cache: Path, stop: Stop) -> tuple[PreTrainedM
     try:
         return _read(folder, local_files_only=True).eval(), commit
     except UNREADABLE as error:
+        if exhausted(error):
+            raise
         raise InputError(
             f"model.name={model.name!r}, revision {model.revision!r}: cannot be loaded as a causal LM with safetensors weights: "
             f"{str(error).splitlines()[0]}. Name another model, or give a local folder"

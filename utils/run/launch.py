@@ -18,6 +18,7 @@ from pathlib import Path
 from utils.run.artifacts import remove, write_text
 from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
 from utils.run.preemption import SIGNALS, Stop, die_with_parent
+from utils.run.trouble import explained
 
 RUN = "import runpy, sys; sys.path[0] = sys.argv.pop(1); runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 POLL_SECONDS = 0.2
@@ -63,6 +64,11 @@ def of_several(work: Callable[[], None]) -> int:
     except (InputError, WorkFailed) as error:
         print(f"  {error}", file=sys.stderr, flush=True)
         return REFUSED if isinstance(error, InputError) else FAILED
+    except Exception as error:
+        if (words := explained(error, None)) is None:
+            raise
+        print(f"  {words}", file=sys.stderr, flush=True)
+        return FAILED
     return DONE
 
 

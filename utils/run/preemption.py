@@ -25,7 +25,12 @@ class Stop:
     def __init__(self) -> None:
         self.reason: str | None = None
         end = os.environ.get("SLURM_JOB_END_TIME", "")
-        self.deadline = float(end) - min(MARGIN, max(0.0, (float(end) - time.time()) / 4)) if end.isdigit() else None
+        self.deadline: float | None = None
+        if end.isdigit():
+            clock = time.time()
+            left = float(end) - clock
+            left -= min(MARGIN, max(0.0, left / 4))
+            self.deadline, self._until = clock + left, time.monotonic() + left  # the clock of the day may be set back meanwhile
 
     def listen(self) -> None:
         """Let SIGUSR1, SIGTERM and Ctrl-C set the flag; a second Ctrl-C ends the process at once."""
@@ -38,7 +43,7 @@ class Stop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def requested(self) -> bool:
-        if self.reason is None and self.deadline is not None and time.time() >= self.deadline:
+        if self.reason is None and self.deadline is not None and (time.time() >= self.deadline or time.monotonic() >= self._until):
             self.reason = "the job's time limit is near"
         return self.reason is not None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import getitem
@@ -21,12 +21,7 @@ from utils.run.folders import Folders
 from utils.run.lock import locked
 from utils.run.preemption import Stop
 from utils.run.progress import Report, duration
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE}
-NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
-DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
-
+from utils.run.trouble import explained
 
 Task = tuple[int, int]  # (number, how many): one of several jobs that share a stage's work
 
@@ -113,7 +108,7 @@ def run_stage(
             context = Context(config, folders, seed, folder, stage.writes, inputs, stop, identity)
             reason = _unusable(stage, context)
             if reason is None:
-                return _work(stage, context, where) if task is None else _share(stage, context, where, task)
+                return _share(stage, context, where, pipeline, task) if task else _work(stage, context, where, pipeline)
             if _outdated_summary(stage, context):
                 print(f"[{where}] the inputs changed; the earlier results are kept in {set_aside(folder)}")
             elif discard:
@@ -123,7 +118,7 @@ def run_stage(
         with locked(folder):  # once more: the lock went away with the old folder
             if reason := _unusable(stage, context):
                 raise InputError(reason)
-            return _work(stage, context, where)
+            return _work(stage, context, where, pipeline)
     except InputError as error:
         print(f"[{where}] refused: {error}", file=sys.stderr)
         return REFUSED
@@ -133,19 +128,14 @@ def run_stage(
     except WorkFailed as error:
         print(f"[{where}] failed: {error}", file=sys.stderr)
         return FAILED
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+    except Exception as error:
+        if (words := explained(error, folder)) is None:
             raise
-        named = error.filename or folder
-        print(
-            f"[{where}] cannot write or read {named}: {error.strerror or error}. What is complete is kept: "
-            f"make room or give access, or choose other folders (paths.work, paths.results, paths.cache), then run again.",
-            file=sys.stderr,
-        )
+        print(f"[{where}] {words}", file=sys.stderr)
         return FAILED
 
 
-def _work(stage: Stage, context: Context, where: str) -> int:
+def _work(stage: Stage, context: Context, where: str, pipeline: Sequence[Stage]) -> int:
     """Do the stage's work in a locked folder that holds this work or none, unless it is complete."""
     folder = context.folder
     if manifest.completed(folder):
@@ -158,7 +148,7 @@ def _work(stage: Stage, context: Context, where: str) -> int:
     notes = manifest.begin(folder, context.identity)
     _warn_of_changed_code(notes)
     sweep_temporaries(folder)
-    with Report.into(context.state / "progress.json", context.stop.deadline):
+    with Report.into(context.state / "progress.json", context.stop.deadline), _on_steady_inputs(stage, context, pipeline):
         stage.run(context)
     seconds = time.monotonic() - began
     manifest.complete(folder, notes, stage.writes, seconds)
@@ -167,7 +157,7 @@ def _work(stage: Stage, context: Context, where: str) -> int:
     return DONE
 
 
-def _share(stage: Stage, context: Context, where: str, task: Task) -> int:
+def _share(stage: Stage, context: Context, where: str, pipeline: Sequence[Stage], task: Task) -> int:
     """Do a task's share, in a folder that only others like it use meanwhile."""
     assert stage.share is not None
     if manifest.completed(context.folder):
@@ -176,10 +166,36 @@ def _share(stage: Stage, context: Context, where: str, task: Task) -> int:
     print(f"[{where}] task {task[0] + 1} of {task[1]}: {stage.purpose}", flush=True)
     with locked(context.folder / "starts", queue=context.stop):
         manifest.begin(context.folder, context.identity)
-    with Report.into(context.state / "progress.json", context.stop.deadline):
+    with Report.into(context.state / "progress.json", context.stop.deadline), _on_steady_inputs(stage, context, pipeline):
         stage.share(context, task)
     print(f"[{where}] task {task[0] + 1} of {task[1]} found nothing more to take", flush=True)
     return DONE
+
+
+@contextmanager
+def _on_steady_inputs(stage: Stage, context: Context, pipeline: Sequence[Stage]) -> Iterator[None]:
+    """Raise WorkFailed if an input was made again during the block: its results would be of the one and the other."""
+    try:
+        yield
+    except StoppedInTime:
+        raise
+    except Exception as error:
+        if reason := _made_again(stage, context, pipeline):
+            raise WorkFailed(reason) from error
+        raise
+    if reason := _made_again(stage, context, pipeline):
+        raise WorkFailed(reason)
+
+
+def _made_again(stage: Stage, context: Context, pipeline: Sequence[Stage]) -> str | None:
+    """The input that is not what this stage began with, in words; None if all are. Reads manifests alone."""
+    for seed, paths in context.inputs.items():
+        for name in paths:
+            origin = producer(pipeline, name).folder(context.folders, seed)
+            done = manifest.completed(origin)
+            if done is None or manifest.digest_of(done, name) != context.identity["inputs"][_input_key(stage, name, seed)]:
+                return f"the input {name!r} in {origin} was made again meanwhile; when that is complete, run this stage again"
+    return None
 
 
 def _gather(
@@ -337,7 +353,7 @@ def set_aside(folder: Path) -> Path:
         path for count in range(1000) if not (path := folder.with_name(f"{folder.name}.{stamp}{f'-{count}' if count else ''}")).exists()
     )
     folder.rename(target)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # another process may have come meanwhile; who may work there, the lock decides
     return target
 
 

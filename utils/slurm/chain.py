@@ -180,8 +180,8 @@ class Chain:
         for job, keys in [*((job, [key]) for job, key in shares), *((job, self.keys(job)) for job in self.own(jobs))]:
             needed = {(parent, seed) for number, seed in keys for parent in self.waits_for[number]}
             if job.live and job.state == "PENDING" and needed & moved:
-                parents = self.waits_for[keys[0][0]]
-                waits = [dependency(parents, [seed for _, seed in keys], queued)]
+                stage = self.pipeline[keys[0][0]]
+                waits = [dependency(stage, self.waits_for[stage.number], [seed for _, seed in keys], queued)]
                 if arrays := {each.array for each, key in shares if key in keys and each.array != job.array}:
                     waits.append("afterany:" + ":".join(sorted(arrays)))
                 client.update(job.id, Dependency=",".join(filter(None, waits)))

@@ -49,7 +49,7 @@ class Machines:
         self.here = threading.local()
         monkeypatch.setattr(socket, "gethostname", lambda: getattr(self.here, "name", "home"))
         monkeypatch.setattr(lock, "file_system", lambda path: "nfs")
-        monkeypatch.setattr(lock, "_taken", lambda handle: True)
+        monkeypatch.setattr(lock, "_taken", lambda *_: True)
         for name, seconds in (("BEAT_SECONDS", 0.05), ("SILENT_SECONDS", 0.6), ("SETTLE_SECONDS", 0.2), ("POLL_SECONDS", 0.02)):
             monkeypatch.setattr(lock, name, seconds)
 

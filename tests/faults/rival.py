@@ -50,7 +50,7 @@ class Rival:
         stage.set_aside = self.move
         match self.told["planted"]:
             case "no lock":
-                lock._taken = lambda handle: True
+                lock._taken = lambda *_: True
             case "no mark":
                 lock._alive = lambda path, there, queue: False
             case "no second look at the inputs":

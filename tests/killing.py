@@ -7,25 +7,27 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.presets import load
 from configs.schema import Experiment
 from stages.pipeline import run_each, stages
+from utils.run.preemption import SIGNALS
 
 CLOCK = re.compile(r"time|seconds|tokens_per_second|resumed|code_revision")
 BOOKKEEPING = {"manifest.json", "started.json", ".lock", "telemetry.jsonl"}
 SHOW_RESTARTS = ("training_curves", "validation_curves", "report.html")  # these tell an interrupted run from a straight one on purpose
 
 
-def start(config: Experiment, number: int, output: Path) -> int:
-    """Fork a child that runs one stage; returns its process id. A fork spares the seconds that importing torch takes."""
+def start(config: Experiment, number: int, output: Path, prepare: Callable[[], None] = lambda: None) -> int:
+    """Fork a child that prepares itself and runs one stage; returns its process id. A fork spares the seconds of importing torch."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -35,6 +37,7 @@ def start(config: Experiment, number: int, output: Path) -> int:
             os.dup2(sink, 1)
             os.dup2(sink, 2)
             sys.stdout = sys.stderr = os.fdopen(sink, "w", buffering=1)
+            prepare()
             code = run_each([stages()[number]], config, config.seeds, discard=False)
         finally:
             os._exit(code)
@@ -98,6 +101,33 @@ def differing(straight: dict[str, Any], interrupted: dict[str, Any]) -> list[str
 
 def place(root: Path) -> None:
     os.environ["SCRATCH"], os.environ["PROJECT"] = str(root / "scratch"), str(root / "project")
+
+
+def finish(config: Experiment, root: Path) -> None:
+    """Run all stages below `root` in this process: its later forks have everything imported."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    before, handlers = {name: os.environ.get(name) for name in ("SCRATCH", "PROJECT")}, {one: signal.getsignal(one) for one in SIGNALS}
+    place(root)
+    try:
+        if code := run_each(stages(), config, config.seeds, discard=False):
+            raise RuntimeError(f"the undisturbed run ended with {code}")
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def upto(finished: Path, number: int, root: Path) -> None:
+    """Make `root` a copy of a finished run of one seed whose stages from `number` on were never begun."""
+    shutil.rmtree(root, ignore_errors=True)
+    if number == 0:
+        root.mkdir(parents=True)
+        return
+    shutil.copytree(finished, root)
+    for stage in stages()[number:]:
+        for folder in root.rglob(f"{stage.label}") if stage.every_seed else [root / "project"]:
+            shutil.rmtree(folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

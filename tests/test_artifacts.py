@@ -76,7 +76,7 @@ def test_every_file_is_synced_before_the_move_and_the_folder_after(tmp_path: Pat
         aside.mkdir()
         (aside / "a").write_text("a")
         (aside / "b").write_text("b")
-    assert log == ["sync a", "sync b", "move", f"sync {tmp_path.name.split('-')[0]}"]
+    assert log == ["sync a", "sync b", "sync .tmp", "move", f"sync {tmp_path.name.split('-')[0]}"]
 
 
 def test_failed_write_names_its_place(tmp_path: Path) -> None:

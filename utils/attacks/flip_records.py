@@ -24,10 +24,10 @@ from utils.attacks.referee import Referee
 from utils.attacks.round_trip import RoundTrip
 from utils.attacks.scoring import Scorer, allowed_tokens
 from utils.data.attack_texts import Alphabet
-from utils.run.artifacts import read_json, write_json
+from utils.run.artifacts import left_behind, write_sealed
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
-from utils.run.records import Records, Row, grouped, read_rows
+from utils.run.records import Records, Row, grouped
 
 LONGER = 10  # times the candidates, on some texts: what a larger budget would find
 
@@ -115,11 +115,11 @@ class FlipAttacks:
     def _run(self, search: FlipSearch, group: Sequence[Row], ids: Tensor, path: Path) -> list[Attack]:
         """The attacks of a group of texts, stored after every flip."""
         names = [text["id"] for text in group]
-        stored = read_json(path) if path.exists() else {"texts": []}
+        stored = left_behind(path) or {"texts": []}
         begun = [Attack(**each) for each in stored["attacks"]] if stored["texts"] == names else []
 
         def after_flip(attacks: list[Attack]) -> None:
-            write_json(path, {"texts": names, "attacks": [asdict(each) for each in attacks]})
+            write_sealed(path, {"texts": names, "attacks": [asdict(each) for each in attacks]})
             self.stop.check()
 
         return search.run(ids, names, begun, after_flip)
@@ -141,7 +141,7 @@ class FlipAttacks:
                 progress.advance()
         if progress:
             progress.close()
-        return read_rows(records.path)
+        return records.rows()
 
     def _scored(self, group: Sequence[Row], ids: Tensor, flips: Sequence[list[dict[str, Any]]], curve: bool = True) -> list[Row]:
         """Losses after every flip, or of the clean and the final text alone, and over all tokens, flipped ones included, as the reference

@@ -19,7 +19,7 @@ from utils.attacks.uat import SearchState, TriggerSearch, with_trigger
 from utils.data.attack_texts import Alphabet
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
-from utils.run.records import Records, Row, read_rows
+from utils.run.records import Records, Row
 
 Triggers = Mapping[str, list[int]]
 
@@ -90,4 +90,4 @@ def report_rows(
             {"model": name, "trigger": kind, "text": text["id"], "subset": text["subset"], "nll": nll, "nll_with_trigger": every}
             for (kind, text), nll, every in zip(group, own, whole, strict=True)
         )
-    return read_rows(path)
+    return records.rows()

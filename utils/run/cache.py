@@ -24,6 +24,7 @@ def cached(root: Path, kind: str, description: dict[str, Any], build: Callable[[
         if mark.exists():
             fault = _fault(content, mark)
             if fault is None:
+                remove(entry / "state")  # of a build that was killed at its very end
                 return content
             print(f"  cache: {fault}; building it again")
             remove(mark)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.run.artifacts import make_folder
 from utils.run.errors import InputError
 from utils.run.preemption import Stop
 
@@ -24,7 +25,7 @@ def locked(folder: Path, *, queue: Stop | None = None) -> Iterator[None]:
     Both name the owner.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except FileNotFoundError as error:  # a place like /proc, where the kernel knows no folders of ours
         raise PermissionError(errno.EACCES, "no folder can be made here", str(folder)) from error
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -31,6 +31,7 @@ class TrainState:
 
     step: int = 0
     metrics_bytes: int = 0
+    metrics_sha256: str = ""
     best_step: int = 0
     best_nll: float | None = None
     seconds: float = 0.0

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ BOOKKEEPING = {"manifest.json", "started.json", ".lock", "telemetry.jsonl"}
 SHOW_RESTARTS = ("training_curves", "validation_curves", "report.html")  # these tell an interrupted run from a straight one on purpose
 
 
-def start(config: Experiment, number: int, output: Path, prepare: Callable[[], None] = lambda: None) -> int:
-    """Fork a child that prepares itself and runs one stage; returns its process id. A fork spares the seconds of importing torch."""
+def start(
+    config: Experiment, numbers: Sequence[int], output: Path, prepare: Callable[[], None] = lambda: None, discard: bool = False
+) -> int:
+    """Fork a child that prepares itself and runs stages; returns its process id. A fork spares the seconds of importing torch."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -38,7 +41,9 @@ def start(config: Experiment, number: int, output: Path, prepare: Callable[[], N
             os.dup2(sink, 2)
             sys.stdout = sys.stderr = os.fdopen(sink, "w", buffering=1)
             prepare()
-            code = run_each([stages()[number]], config, config.seeds, discard=False)
+            code = run_each([stages()[number] for number in numbers], config, config.seeds, discard)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return child
@@ -51,7 +56,7 @@ def killed_until_done(config: Experiment, number: int, seconds: float, kills: in
     """
     hits = 0
     for turn in range(kills):
-        child = start(config, number, output)
+        child = start(config, [number], output)
         time.sleep(chance.uniform(0.0, seconds if turn else seconds / 2))
         ended, _status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -59,7 +64,7 @@ def killed_until_done(config: Experiment, number: int, seconds: float, kills: in
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         hits += 1
-    _, status = os.waitpid(start(config, number, output), 0)
+    _, status = os.waitpid(start(config, [number], output), 0)
     if status != 0:
         raise RuntimeError(f"stage {number} ended with {os.waitstatus_to_exitcode(status)}:\n{output.read_text()[-2000:]}")
     return hits
@@ -75,12 +80,20 @@ def results(root: Path) -> dict[str, Any]:
             continue
         name = path.relative_to(root).as_posix()
         if path.suffix == ".json":
-            found[name] = without_clock(json.loads(path.read_text()))
+            found[name] = parsed(path.read_bytes())
         elif path.name == "experiment_summary.txt":
-            found[name] = [line for line in path.read_text().splitlines() if "time" not in line]
+            found[name] = [line for line in path.read_bytes().splitlines() if b"time" not in line]
         else:
             found[name] = path.read_bytes()
     return found
+
+
+def parsed(content: bytes) -> Any:
+    """JSON without clock times; what is damaged, as it is."""
+    try:
+        return without_clock(json.loads(content))
+    except ValueError:
+        return content
 
 
 def without_clock(value: Any) -> Any:

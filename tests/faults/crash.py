@@ -7,11 +7,14 @@ import random
 import re
 import shutil
 import signal
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from configs.presets import load
 from configs.schema import Experiment
@@ -68,7 +71,7 @@ class Bench:
         upto(self.finished, point.stage, self.root)
         logs, said = [], []
         for end in point.ends:
-            if not self._died(point.stage, end):
+            if not self.died(point.stage, end):
                 break
             logs.append(Operation.read(self.log))
             said.append(f"{end}, {logs[-1][-1].kind} of {logs[-1][-1].path}")
@@ -80,7 +83,7 @@ class Bench:
             fault = fault or f"{lost} steps were done again"
         return Outcome(f"stage {point.stage}: {'; '.join(said) or 'over before'}", not fault, fault or "as undisturbed", lost)
 
-    def _died(self, stage: int, end: End) -> bool:
+    def died(self, stage: int, end: End) -> bool:
         """Whether the start was hit; another may be over before."""
         shutil.rmtree(self.aside, ignore_errors=True)
         return self._ended(stage, end, -signal.SIGKILL) is None
@@ -94,7 +97,7 @@ class Bench:
             Watch(self.root, self.log, end.number if end else None, bool(end and end.torn), disk).install()
 
         self.output.write_text("")
-        found = waited(start(self.config, stage, self.output, prepare))
+        found = waited(start(self.config, [stage], self.output, prepare))
         words = self.output.read_text()[-1500:]
         if code == 0 and "Traceback" in words:
             return f"a traceback: {words}"
@@ -102,11 +105,9 @@ class Bench:
 
     def _wrong(self, stage: int) -> str | None:
         """What differs from an undisturbed run, and what is there beside it."""
-        expected = self.folder / "expected"
-        upto(self.finished, stage + 1, expected)
-        different = differing(results(expected), results(self.root)) + differing(cached(expected), cached(self.root))
-        surplus, missing = names(self.root) - names(expected), names(expected) - names(self.root)
-        facts = {"different": different, "left over": sorted(surplus), "missing": sorted(missing)}
+        expected, there = undisturbed(self.finished, stage)
+        now = names(self.root)
+        facts = {"different": differing(expected, made(self.root)), "left over": sorted(now - there), "missing": sorted(there - now)}
         return "; ".join(f"{name}: {', '.join(found[:5])}" for name, found in facts.items() if found) or None
 
 
@@ -127,10 +128,19 @@ def names(root: Path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*")}
 
 
-def cached(root: Path) -> dict[str, bytes]:
-    """Contents of the cache, which results() leaves out."""
+def made(root: Path) -> dict[str, Any]:
+    """What results() finds, and the cache, which it leaves out."""
     files = {path.relative_to(root).as_posix(): path for path in root.glob("scratch/foundation_llm_cache/**/*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if path.name != ".lock"}
+    return results(root) | {name: path.read_bytes() for name, path in files.items() if path.name != ".lock"}
+
+
+@cache
+def undisturbed(finished: Path, stage: int) -> tuple[dict[str, Any], set[str]]:
+    """What is made by an undisturbed run up to a stage, and the names of all that is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "root")
+        upto(finished, stage + 1, root)
+        return made(root), names(root)
 
 
 def lost_steps(logs: Sequence[Sequence[Operation]], losses: Sequence[bool]) -> int:

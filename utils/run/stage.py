@@ -125,7 +125,7 @@ def run_stage(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[St
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise
-        named = error.filename or folder
+        named = error.filename2 or error.filename or folder
         print(
             f"[{where}] cannot write or read {named}: {error.strerror or error}. What is complete is kept: "
             f"make room or give access, or choose other folders (paths.work, paths.results, paths.cache), then run again.",

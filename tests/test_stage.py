@@ -206,6 +206,16 @@ def test_one_changed_character_of_a_mark_is_noticed(name: str, own_folders: Path
     assert run(NUMBERS) == DONE
 
 
+@pytest.mark.parametrize("name", ["started.json", "manifest.json"])
+def test_a_mark_that_is_a_link_to_nothing_is_not_taken_for_none(name: str, own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    mark = folder_of(NUMBERS, own_folders) / name
+    mark.unlink()
+    mark.symlink_to("nowhere")
+    assert run(NUMBERS) == REFUSED
+    assert f"{mark}: not found, a link to nothing" in capsys.readouterr().err
+
+
 def test_manifest_without_a_declared_output_is_refused(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(NUMBERS)
     mark = folder_of(NUMBERS, own_folders) / "manifest.json"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.run.errors import InputError
+from utils.run.errors import InputError, Unreadable
 
 TEMPORARY = ".tmp-"
 SEAL = "sha256_of_the_rest"
@@ -95,13 +95,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, cure: str = "remove it to have it made again") -> Any:
-    """Raises InputError, with what to do, for what is no JSON file; OSError for one that cannot be read now and may be as good as ever."""
+    """Raises InputError, with what to do, for what is no JSON file, and Unreadable for one that cannot be read now."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: not found") from None
+        raise InputError(f"{path}: not found{', a link to nothing; put back what it named' if path.is_symlink() else ''}") from None
     except (ValueError, RecursionError, IsADirectoryError) as error:
         raise InputError(f"{path}: expected a JSON file, found something else ({error}); {cure}") from None
+    except OSError as error:
+        raise Unreadable(f"{path}: cannot be read ({error.strerror}); give access, or wait for the disk, then run again") from None
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
@@ -109,11 +111,11 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     write_json(path, {**value, SEAL: value_digest(value)})
 
 
-def read_sealed(path: Path, cure: str = "remove it to have it made again") -> Any:
-    """As `read_json`; InputError also if what was written with a checksum is not what it was."""
+def read_sealed(path: Path, cure: str = "remove it to have it made again", always: bool = True) -> Any:
+    """As `read_json`; InputError also for what is not as it was written. Unless `always`, a file without a checksum is taken as it is."""
     value = read_json(path, cure)
     seal = value.pop(SEAL, None) if isinstance(value, dict) else None
-    if seal is not None and seal != value_digest(value):
+    if (always or seal is not None) and seal != value_digest(value):
         raise InputError(f"{path}: expected what its own checksum stands for, found a damaged file; {cure}")
     return value
 
@@ -122,6 +124,8 @@ def left_behind(path: Path) -> Any:
     """What an earlier start wrote with `write_sealed`; None if there is nothing, and if it is damaged, which is said."""
     try:
         return read_sealed(path) if path.exists() else None
+    except Unreadable:
+        raise
     except InputError as error:
         print(f"  {error.args[0].rpartition(';')[0]}; it is made again")
         return None

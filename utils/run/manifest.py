@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 def begin(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Note one more start in the folder; return the notes. The identity (stage, config, inputs) must agree with the one there."""
     path = folder / STARTED
-    notes: dict[str, Any] = read_sealed(path) if path.exists() else {"identity": identity, "starts": []}
+    notes: dict[str, Any] = read_sealed(path, always=False) if path.exists() else {"identity": identity, "starts": []}
     notes["starts"].append({"at": now(), "code_revision": code_revision(), **host()})
     write_sealed(path, notes)
     return notes
@@ -33,9 +33,9 @@ def completed(folder: Path) -> dict[str, Any] | None:
 
 
 def _load(path: Path, cure: str, *keys: str) -> dict[str, Any] | None:
-    if not path.exists():
+    if not (path.exists() or path.is_symlink()):
         return None
-    value = read_sealed(path, cure)
+    value = read_sealed(path, cure, always=False)  # earlier versions wrote none
     if not isinstance(value, dict) or not set(keys) <= set(value):
         raise InputError(f"{path}: expected the keys {', '.join(keys)}; the file is not one of ours, move it away and run again")
     return value

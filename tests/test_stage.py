@@ -216,6 +216,15 @@ def test_a_mark_that_is_a_link_to_nothing_is_not_taken_for_none(name: str, own_f
     assert f"{mark}: not found, a link to nothing" in capsys.readouterr().err
 
 
+def test_a_lock_that_is_a_link_to_nothing_is_named(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    lock = folder_of(NUMBERS, own_folders) / ".lock"
+    lock.unlink()
+    lock.symlink_to("nowhere/lock")
+    assert run(NUMBERS) == FAILED
+    assert f"cannot write or read {lock}: nothing can be made here" in capsys.readouterr().err
+
+
 def test_manifest_without_a_declared_output_is_refused(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(NUMBERS)
     mark = folder_of(NUMBERS, own_folders) / "manifest.json"

@@ -59,7 +59,7 @@ def a_folder(path: Path, chance: random.Random) -> None:
 @way
 def a_dangling_link(path: Path, chance: random.Random) -> None:
     path.unlink()
-    path.symlink_to(path.with_name("nowhere"))
+    path.symlink_to(path.parent / "nowhere" / path.name)
 
 
 @way

@@ -112,7 +112,7 @@ class Bench:
 
 
 def waited(child: int) -> int:
-    """Exit code of a child, negative for a signal; one that hangs is killed and has -9."""
+    """Exit code of a child, negative for a signal; one that hangs is killed and has that of SIGALRM."""
     limit = time.monotonic() + HANGS
     while time.monotonic() < limit:
         ended, status = os.waitpid(child, os.WNOHANG)

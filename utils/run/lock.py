@@ -26,9 +26,9 @@ def locked(folder: Path, *, queue: Stop | None = None) -> Iterator[None]:
     """
     try:
         make_folder(folder)
-    except FileNotFoundError as error:  # a place like /proc, where the kernel knows no folders of ours
-        raise PermissionError(errno.EACCES, "no folder can be made here", str(folder)) from error
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError as error:  # a place like /proc, where the kernel knows no folders of ours, or a link to nothing
+        raise PermissionError(errno.EACCES, "nothing can be made here", str(error.filename or folder)) from error
     try:
         if not _taken(handle):
             owner = os.pread(handle, 200, 0).decode(errors="replace") or "another process"

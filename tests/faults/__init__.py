@@ -1,1 +1,1 @@
-"""The project as its most hostile user and its worst week on a cluster. `python -m tests.faults` runs it and prints the figures."""
+"""The project as its most hostile user, in its worst week on a cluster: `python -m tests.faults` runs the campaigns."""

@@ -62,7 +62,7 @@ STAGE = Stage(
         "hotflip.prefix_tokens",
         "hotflip.scored_tokens",
     ),
-    version=3,
+    version=4,
     run=run,
 )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from configs.presets import load
 from utils.run.artifacts import read_json, write_json
 from utils.run.preemption import Stop
-from utils.run.records import Records, grouped, read_rows
+from utils.run.records import Records, grouped
 from utils.run.stage import Context, Stage, run_stage
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ def write_squares(ctx: Context) -> None:
     for group in records.pending(grouped(read_json(ctx.read("numbers")), 5)):
         ctx.stop.check()
         records.append({"number": number, "square": number**2} for number in group)
-    write_json(ctx.write("squares"), read_rows(records.path))
+    write_json(ctx.write("squares"), records.rows())
 
 
 def write_total(ctx: Context) -> None:

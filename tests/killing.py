@@ -7,25 +7,30 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.presets import load
 from configs.schema import Experiment
 from stages.pipeline import run_each, stages
+from utils.run.preemption import SIGNALS
 
 CLOCK = re.compile(r"time|seconds|tokens_per_second|resumed|code_revision")
 BOOKKEEPING = {"manifest.json", "started.json", ".lock", "telemetry.jsonl"}
 SHOW_RESTARTS = ("training_curves", "validation_curves", "report.html")  # these tell an interrupted run from a straight one on purpose
 
 
-def start(config: Experiment, number: int, output: Path) -> int:
-    """Fork a child that runs one stage; returns its process id. A fork spares the seconds that importing torch takes."""
+def start(
+    config: Experiment, numbers: Sequence[int], output: Path, prepare: Callable[[], None] = lambda: None, discard: bool = False
+) -> int:
+    """Fork a child that prepares itself and runs stages; returns its process id. A fork spares the seconds of importing torch."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -35,7 +40,10 @@ def start(config: Experiment, number: int, output: Path) -> int:
             os.dup2(sink, 1)
             os.dup2(sink, 2)
             sys.stdout = sys.stderr = os.fdopen(sink, "w", buffering=1)
-            code = run_each([stages()[number]], config, config.seeds, discard=False)
+            prepare()
+            code = run_each([stages()[number] for number in numbers], config, config.seeds, discard)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return child
@@ -48,7 +56,7 @@ def killed_until_done(config: Experiment, number: int, seconds: float, kills: in
     """
     hits = 0
     for turn in range(kills):
-        child = start(config, number, output)
+        child = start(config, [number], output)
         time.sleep(chance.uniform(0.0, seconds if turn else seconds / 2))
         ended, _status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -56,7 +64,7 @@ def killed_until_done(config: Experiment, number: int, seconds: float, kills: in
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         hits += 1
-    _, status = os.waitpid(start(config, number, output), 0)
+    _, status = os.waitpid(start(config, [number], output), 0)
     if status != 0:
         raise RuntimeError(f"stage {number} ended with {os.waitstatus_to_exitcode(status)}:\n{output.read_text()[-2000:]}")
     return hits
@@ -72,12 +80,20 @@ def results(root: Path) -> dict[str, Any]:
             continue
         name = path.relative_to(root).as_posix()
         if path.suffix == ".json":
-            found[name] = without_clock(json.loads(path.read_text()))
+            found[name] = parsed(path.read_bytes())
         elif path.name == "experiment_summary.txt":
-            found[name] = [line for line in path.read_text().splitlines() if "time" not in line]
+            found[name] = [line for line in path.read_bytes().splitlines() if b"time" not in line]
         else:
             found[name] = path.read_bytes()
     return found
+
+
+def parsed(content: bytes) -> Any:
+    """JSON without clock times; what is damaged, as it is."""
+    try:
+        return without_clock(json.loads(content))
+    except ValueError:
+        return content
 
 
 def without_clock(value: Any) -> Any:
@@ -98,6 +114,33 @@ def differing(straight: dict[str, Any], interrupted: dict[str, Any]) -> list[str
 
 def place(root: Path) -> None:
     os.environ["SCRATCH"], os.environ["PROJECT"] = str(root / "scratch"), str(root / "project")
+
+
+def finish(config: Experiment, root: Path) -> None:
+    """Run all stages below `root` in this process: its later forks have everything imported."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    before, handlers = {name: os.environ.get(name) for name in ("SCRATCH", "PROJECT")}, {one: signal.getsignal(one) for one in SIGNALS}
+    place(root)
+    try:
+        if code := run_each(stages(), config, config.seeds, discard=False):
+            raise RuntimeError(f"the undisturbed run ended with {code}")
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def upto(finished: Path, number: int, root: Path) -> None:
+    """Make `root` a copy of a finished run of one seed whose stages from `number` on were never begun."""
+    shutil.rmtree(root, ignore_errors=True)
+    if number == 0:
+        root.mkdir(parents=True)
+        return
+    shutil.copytree(finished, root)
+    for stage in stages()[number:]:
+        for folder in root.rglob(f"{stage.label}") if stage.every_seed else [root / "project"]:
+            shutil.rmtree(folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,16 +17,20 @@ from utils.run.artifacts import (
     damage,
     file_digest,
     inventory,
+    left_behind,
     link_or_copy,
+    make_folder,
     published,
     read_json,
+    read_sealed,
     remove,
     sweep_temporaries,
     value_digest,
     write_json,
+    write_sealed,
     write_text,
 )
-from utils.run.errors import InputError
+from utils.run.errors import InputError, Unreadable
 
 
 def names(folder: Path) -> list[str]:
@@ -76,7 +80,7 @@ def test_every_file_is_synced_before_the_move_and_the_folder_after(tmp_path: Pat
         aside.mkdir()
         (aside / "a").write_text("a")
         (aside / "b").write_text("b")
-    assert log == ["sync a", "sync b", "move", f"sync {tmp_path.name.split('-')[0]}"]
+    assert log == ["sync a", "sync b", "sync .tmp", "move", f"sync {tmp_path.name.split('-')[0]}"]
 
 
 def test_failed_write_names_its_place(tmp_path: Path) -> None:
@@ -186,3 +190,40 @@ def test_a_temporary_may_lie_elsewhere(tmp_path: Path) -> None:
         aside.write_text("text")
         assert list((tmp_path / "shared").iterdir()) == []
     assert (tmp_path / "shared/file").read_text() == "text" and list(own.iterdir()) == []
+
+
+def test_a_sealed_file_is_what_was_written_or_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "state.json"
+    value = {"numbers": [1, 0.1 + 0.2, None], "text": "ü\u2028", "below": {"b": 1, "a": 2}}
+    write_sealed(path, value)
+    assert left_behind(tmp_path / "nothing") is None
+    assert left_behind(path) == read_sealed(path) == value
+    text = path.read_text(encoding="utf-8")
+    for damaged in (text.replace("1,", "7,", 1), text[:40], "", "[]", "{}", '{"numbers": 1}'):
+        path.write_text(damaged, encoding="utf-8")
+        assert left_behind(path) is None
+        assert f"{path}: expected" in capsys.readouterr().out
+        with pytest.raises(InputError, match=r"state\.json: expected"):
+            read_sealed(path)
+
+
+def test_new_folders_are_named_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(artifacts, "sync", synced.append)
+    make_folder(tmp_path / "a/b/c")
+    make_folder(tmp_path / "a/b")
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a/b"]
+
+
+def test_what_cannot_be_read_now_is_not_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A passing fault of the disk must not cost a checkpoint or a cache entry."""
+
+    def fails(path: Path, encoding: str) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    path = tmp_path / "state.json"
+    write_sealed(path, {"step": 1})
+    monkeypatch.setattr(Path, "read_text", fails)
+    for read in (read_json, read_sealed, left_behind):
+        with pytest.raises(Unreadable, match=r"state\.json: cannot be read \(Input/output error\); give access"):
+            read(path)

@@ -27,6 +27,7 @@ from utils.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from utils.evaluation.benchmarks import benchmark_stored, fetch_benchmarks
 from utils.models.convert import convert
 from utils.models.loading import load_model, save_model, scratch_model
+from utils.run.artifacts import read_sealed, write_sealed
 from utils.run.checks import examined
 from utils.run.errors import InputError, StoppedInTime
 from utils.run.folders import Folders
@@ -194,9 +195,9 @@ def test_what_is_done_is_not_done_again(own_cache: Path, models: dict[str, Path]
     before = [path.stat().st_mtime_ns for path in kept]
     assert run(config, models, tmp_path / "resumed", own_cache) == straight
     assert [path.stat().st_mtime_ns for path in kept] == before
-    stored = json.loads(kept[0].read_text())
+    stored = read_sealed(kept[0])
     stored["rows"][0]["hash"] = "of another item"
-    kept[0].write_text(json.dumps(stored))
+    write_sealed(kept[0], stored)
     with pytest.raises(InputError, match=r"the items of '.*' changed between 'base' and 'converted'"):
         run(config, models, tmp_path / "resumed", own_cache)
 

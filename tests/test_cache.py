@@ -87,6 +87,13 @@ def test_interrupted_build_keeps_its_state_and_nothing_else(tmp_path: Path) -> N
     assert content == entry / "content"
 
 
+def test_state_of_a_build_that_was_killed_at_its_very_end_goes_away(tmp_path: Path) -> None:
+    content = cached(tmp_path, "kind", {}, Builder(), STOP)
+    (content.parent / "state/checkpoints").mkdir(parents=True)
+    assert cached(tmp_path, "kind", {}, Builder(), STOP) == content
+    assert sorted(path.name for path in content.parent.iterdir()) == [".lock", "content", "manifest.json"]
+
+
 def test_killed_build_is_not_trusted(tmp_path: Path) -> None:
     build = Builder()
     content = cached(tmp_path, "kind", {}, build, STOP)

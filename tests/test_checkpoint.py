@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils.run.errors import InputError
+from utils.run.errors import InputError, Unreadable
 from utils.training import checkpoint
 from utils.training.checkpoint import Checkpoints, Snapshot, TrainState
 
@@ -323,3 +323,18 @@ def test_one_whose_best_is_damaged_is_passed_over(tmp_path: Path, capsys: pytest
     found = checkpoints.newest()
     assert found is None or found.best_step != 4
     assert "step_00000006 is damaged and passed over" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, {4: 4, 8: 8})
+    there = sorted(tmp_path.rglob("*"))
+
+    def fails(path: Path, encoding: str) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(Unreadable, match=r"manifest\.json: cannot be read"):
+        patch.setattr(Path, "read_text", fails)
+        Checkpoints(tmp_path, 2).newest()
+    assert sorted(tmp_path.rglob("*")) == there
+    found = Checkpoints(tmp_path, 2).newest()
+    assert found is not None and found.step == 8

@@ -450,12 +450,22 @@ def test_a_cut_metrics_file_is_refused(bench: Bench) -> None:
         train(bench.run())
 
 
+def test_a_changed_digit_of_the_metrics_is_refused(bench: Bench) -> None:
+    train(bench.run())
+    path = bench.folder / "metrics.jsonl"
+    whole = path.read_bytes()
+    place = whole.index(b'"loss": ') + len('"loss": ')
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(InputError, match=r"metrics\.jsonl: differs from its checksum in the newest checkpoint; it was damaged.*--discard"):
+        train(bench.run())
+
+
 def test_the_log_is_strict_json(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "new" / "metrics.jsonl", 0)
     with pytest.raises(ValueError, match="Out of range float"):
         log.write({"validation_nll": math.inf})
     assert log.flush(8, TrainState(), 1) == ""
     log.write({"step": 1, "validation_nll": 2.0})
-    assert log.sync() == len(json.dumps({"step": 1, "validation_nll": 2.0})) + 1
+    assert log.sync()[0] == len(json.dumps({"step": 1, "validation_nll": 2.0})) + 1
     log.close()
     assert read_metrics(tmp_path / "new" / "metrics.jsonl") == ([], [{"step": 1, "validation_nll": 2.0}])

@@ -18,6 +18,7 @@ from utils.data.tokens import PackedBatches, Tokens
 from utils.models.convert import convert
 from utils.models.facts import setup_facts
 from utils.models.loading import load_model, save_model
+from utils.run.artifacts import inventory
 from utils.run.errors import InputError, StoppedInTime, WorkFailed
 from utils.run.preemption import Stop
 from utils.training import recovery, telemetry
@@ -251,6 +252,28 @@ def scratch(tiny: Experiment, tmp_path: Path) -> tuple[Experiment, Path]:
     write_tokens(content / "tokens" / "validation", 60, seed=1)
     (content.parent / "manifest.json").write_text('{"files": {"tokens/train/tokens.bin": 1, "tokens/attack/tokens.bin": 1}}')
     return tiny.model_copy(update={"model": tiny.model.model_copy(update={"scratch": shape})}), content
+
+
+@pytest.mark.parametrize("how", ["one bit", "missing"])
+def test_a_damaged_earlier_model_is_made_again(
+    how: str, scratch: tuple[Experiment, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No checkpoint vouches for it, and the step at which it was taken is past."""
+    config, content = scratch
+    straight = base_cache(config, tmp_path / "one", content, Stop())
+    stop = Stop()
+    stop.reason = "signal SIGTERM"
+    for _ in range(2):
+        with pytest.raises(StoppedInTime):
+            base_cache(config, tmp_path / "two", content, stop)
+    (victim,) = (tmp_path / "two").rglob("earlier/step_00000001/model/model.safetensors")
+    whole = victim.read_bytes()
+    victim.unlink()
+    if how == "one bit":
+        victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    base = base_cache(config, tmp_path / "two", content, Stop())
+    assert f"{victim} " in capsys.readouterr().out
+    assert inventory(base) == inventory(straight)
 
 
 def test_pretraining_goes_on_where_it_was_stopped(scratch: tuple[Experiment, Path], tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_shard_is_counted_only_once_it_is_on_the_disk(tmp_path: Path, monkeypa
     """The files are synced before index.json names the shard."""
     order: list[str] = []
     monkeypatch.setattr(shards_module.os, "fsync", lambda handle: order.append("data"))
-    monkeypatch.setattr(shards_module, "write_json", lambda path, value: order.append(path.name))
+    monkeypatch.setattr(shards_module, "write_sealed", lambda path, value: order.append(path.name))
     shards = Shards(tmp_path, 100, 0)
     add(shards, 0, 3)
     shards.mark(3, 0)

@@ -182,7 +182,7 @@ def test_tasks_share_the_work_and_the_stage_does_what_they_left(
             assert run(tiny, 5, 1, task=None) == REFUSED
             assert run(tiny, 5, 1, stop, task=(1, 2)) == STOPPED
     assert "task 2 of 2: search universal adversarial triggers" in capsys.readouterr().out
-    begun, done = (len(list((folder / "state/units").glob(pattern))) for pattern in ("*.json", "*.jsonl"))
+    begun, done = (len(list((folder / "state/units").glob(pattern))) for pattern in ("*.json", "*.done"))
     assert (begun, done) == (2, 3)
     assert len(json.loads((folder / "started.json").read_text())["starts"]) == 2
     assert not (folder / "records.jsonl").exists()

@@ -17,7 +17,7 @@ import pytest
 
 from configs.presets import load
 from tests.fake_stages import NUMBERS, PIPELINE, ROOT, SQUARES, SQUARES_OF_42, TINY, TOTAL, StopAt, contents, folder_of, in_child, run
-from utils.run.artifacts import write_text
+from utils.run.artifacts import SEAL, read_sealed, write_sealed, write_text
 from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
 from utils.run.folders import Folders
 from utils.run.lock import locked
@@ -192,10 +192,44 @@ def test_damaged_mark_is_named_and_discard_helps(name: str, text: str, own_folde
     assert run(NUMBERS, discard=True) == DONE
 
 
+@pytest.mark.parametrize("name", ["started.json", "manifest.json"])
+def test_one_changed_character_of_a_mark_is_noticed(name: str, own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it is JSON still. The mark of an older version, which has no checksum, is taken as it is."""
+    run(NUMBERS)
+    mark = folder_of(NUMBERS, own_folders) / name
+    whole = mark.read_text()
+    for place in range(0, whole.index(SEAL) - 1, 7):
+        mark.write_text(whole[:place] + chr(ord(whole[place]) ^ 1) + whole[place + 1 :])
+        assert run(NUMBERS) == REFUSED, whole[place - 20 : place + 20]
+        assert f"{mark}: expected" in capsys.readouterr().err
+    mark.write_text(json.dumps({key: value for key, value in json.loads(whole).items() if key != SEAL}))
+    assert run(NUMBERS) == DONE
+
+
+@pytest.mark.parametrize("name", ["started.json", "manifest.json"])
+def test_a_mark_that_is_a_link_to_nothing_is_not_taken_for_none(name: str, own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    mark = folder_of(NUMBERS, own_folders) / name
+    mark.unlink()
+    mark.symlink_to("nowhere")
+    assert run(NUMBERS) == REFUSED
+    assert f"{mark}: not found, a link to nothing" in capsys.readouterr().err
+
+
+def test_a_lock_that_is_a_link_to_nothing_is_named(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    lock = folder_of(NUMBERS, own_folders) / ".lock"
+    lock.unlink()
+    lock.symlink_to("nowhere/lock")
+    assert run(NUMBERS) == FAILED
+    assert f"cannot write or read {lock}: nothing can be made here" in capsys.readouterr().err
+
+
 def test_manifest_without_a_declared_output_is_refused(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(NUMBERS)
     mark = folder_of(NUMBERS, own_folders) / "manifest.json"
-    mark.write_text(mark.read_text().replace('"numbers": {', '"other": {'))
+    found = read_sealed(mark)
+    write_sealed(mark, found | {"outputs": {"other": found["outputs"]["numbers"]}})
     assert run(SQUARES) == run(NUMBERS) == REFUSED
     assert capsys.readouterr().err.count(f"{mark} lists no output 'numbers'") == 2
 
@@ -383,9 +417,9 @@ def test_changed_code_is_warned_of_on_going_on(own_folders: Path, capsys: pytest
     run(NUMBERS)
     run(SQUARES, stop=StopAt(3))
     path = folder_of(SQUARES, own_folders) / "started.json"
-    notes = json.loads(path.read_text())
+    notes = read_sealed(path)
     notes["starts"][0]["code_revision"] = "0123abcd"
-    path.write_text(json.dumps(notes))
+    write_sealed(path, notes)
     assert run(SQUARES) == DONE
     assert "warning: begun with code revision 0123abcd, going on with" in capsys.readouterr().out
 

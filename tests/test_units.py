@@ -118,8 +118,8 @@ def test_each_begins_at_its_own_place_and_stays_with_a_model(tmp_path: Path) -> 
 def test_one_that_waits_stays_until_the_others_are_done_and_one_that_does_not_leaves(tmp_path: Path) -> None:
     work = Work(tmp_path)
     work.share().run()
-    (work.folder / "b.2.jsonl").unlink()
-    (work.folder / "sum.jsonl").unlink()
+    (work.folder / "b.2.done").unlink()
+    (work.folder / "sum.done").unlink()
     with claimed(work.folder / "b.2.lock") as mine:
         assert mine
         work.share(place=Place(0, 2, waits=False)).run()
@@ -136,7 +136,7 @@ def test_one_that_waits_stays_until_the_others_are_done_and_one_that_does_not_le
 def test_asked_to_stop_while_it_waits(tmp_path: Path) -> None:
     work, stop = Work(tmp_path), Stop()
     work.share().run()
-    (work.folder / "b.2.jsonl").unlink()
+    (work.folder / "b.2.done").unlink()
     stop.reason = "signal SIGUSR1"
     with claimed(work.folder / "b.2.lock"), pytest.raises(StoppedInTime, match="SIGUSR1"):
         work.share(stop).run()

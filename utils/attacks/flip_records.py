@@ -24,7 +24,7 @@ from utils.attacks.referee import Referee
 from utils.attacks.round_trip import RoundTrip
 from utils.attacks.scoring import Scorer, allowed_tokens
 from utils.data.attack_texts import Alphabet
-from utils.run.artifacts import read_json, write_json
+from utils.run.artifacts import left_behind, write_sealed
 from utils.run.records import Row
 from utils.run.units import Step
 
@@ -95,11 +95,11 @@ class FlipAttacks:
     def _run(self, search: FlipSearch, group: Sequence[Row], ids: Tensor, begun: Path, weight: int, step: Step) -> list[Attack]:
         """The attacks of a group of texts, stored after every flip."""
         names = [text["id"] for text in group]
-        stored = [Attack(**each) for each in read_json(begun)["attacks"]] if begun.exists() else []
+        stored = [Attack(**each) for each in (left_behind(begun) or {"attacks": []})["attacks"]]
 
         def after_flip(attacks: list[Attack]) -> None:
             made = weight * sum(self.spec.flips if each.stuck else len(each.flips) for each in attacks)
-            write_json(begun, {"steps": made, "attacks": [asdict(each) for each in attacks]})
+            write_sealed(begun, {"steps": made, "attacks": [asdict(each) for each in attacks]})
             step()
 
         return search.run(ids, names, stored, after_flip)

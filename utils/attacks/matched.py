@@ -20,11 +20,12 @@ from utils.data.tokens import PackedBatches, Tokens
 from utils.models.ffn import feed_forward
 from utils.models.likelihood import mean_nll
 from utils.models.loading import device_of, load_model, save_model
-from utils.run.artifacts import read_json, write_json
+from utils.run.artifacts import damage, inventory, left_behind, read_json, write_sealed
 
 TOKENS = 131_072  # of the validation text, on which losses are matched
 TOLERANCE = 1e-3  # nats per token
 HALVINGS = 24
+KINDS = ("noise", "earlier")
 LARGEST_NOISE = 4.0  # root mean squares of a matrix
 
 Loss = Callable[[PreTrainedModel], float]
@@ -96,10 +97,22 @@ def matched_controls(
     Returns their folders, and {target_nll, baseline_nll, noise, earlier}: what was done for each, or why there is none.
     """
     stored = folder / "matched.json"
-    if not stored.exists():
-        write_json(stored, _make(config, models, earlier_models, validation_tokens, folder))
-    facts = read_json(stored)
-    return {kind: folder / kind for kind in ("noise", "earlier") if isinstance(facts[kind], dict)}, facts
+    facts = _made_before(stored)
+    if facts is None:
+        facts = _make(config, models, earlier_models, validation_tokens, folder)
+        files = {kind: inventory(folder / kind) for kind in KINDS if isinstance(facts[kind], dict)}
+        write_sealed(stored, {"facts": facts, "files": files})
+    return {kind: folder / kind for kind in KINDS if isinstance(facts[kind], dict)}, facts
+
+
+def _made_before(stored: Path) -> Facts | None:
+    """What was done for the controls, if they are there as they were written."""
+    found = left_behind(stored)
+    for kind, files in (found or {}).get("files", {}).items():
+        if fault := damage(stored.parent / kind, files):
+            print(f"  {fault}; the controls are made again")
+            return None
+    return found and found.get("facts")
 
 
 def _make(config: Experiment, models: dict[str, Path], earlier_models: Path, validation_tokens: Path, folder: Path) -> Facts:

@@ -25,7 +25,7 @@ from utils.attacks.controls import random_contexts, random_order, random_substit
 from utils.attacks.race import race
 from utils.attacks.round_trip import RoundTrip, first_kept
 from utils.attacks.scoring import ADMITTED, Scorer, first_order_candidates
-from utils.run.artifacts import read_json, write_json
+from utils.run.artifacts import left_behind, write_sealed
 
 DEEPER = 4  # times the candidates that are looked at for such as survive, in mode 'text'
 DRAWS = 1000  # random triggers that are looked at for one that survives
@@ -55,7 +55,8 @@ class SearchState:
     @classmethod
     def stored(cls, path: Path, restart: int) -> SearchState:
         """The state on disk, or a new search."""
-        return cls(**read_json(path)) if path.exists() else cls(restart)
+        found = left_behind(path)
+        return cls(**found) if found else cls(restart)
 
 
 def with_trigger(end_of_text: int, trigger: Sequence[int], texts: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ class TriggerSearch:
             state.forwards += spent.forwards
             state.backwards += spent.backwards
             state.flops += spent.flops
-            write_json(path, asdict(state))
+            write_sealed(path, asdict(state))
             after_step()
         best = state.beam[0]
         found = {"trigger": best["trigger"], "search_nll": best["objective"], "select_nll": state.select_nll, "by_sweep": state.by_sweep}

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.data.tokens import COLUMNS
-from utils.run.artifacts import read_json, write_json
-from utils.run.errors import InputError
+from utils.run.artifacts import left_behind, make_folder, write_sealed
 
 SHARD_TOKENS = 1 << 22
 KEY_BYTES = 16
@@ -34,7 +33,7 @@ class Shards:
     """The files of a split (see Tokens), and how far they are. What a killed process wrote after the last mark is cut off."""
 
     def __init__(self, folder: Path, vocabulary: int, end_of_text: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.folder, self.end_of_text = folder, end_of_text
         self.dtype = np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
         self.kinds = {"tokens": self.dtype} | {name: np.dtype(kind) for name, kind in COLUMNS.items()}
@@ -83,7 +82,7 @@ class Shards:
         last = self.marks[-1]
         index = {"dtype": self.dtype.str, "end_of_text": self.end_of_text, "subsets": list(self.subsets)}
         index |= {"documents": last.documents, "tokens": last.tokens, "duplicates": last.duplicates, "complete": self.complete}
-        write_json(self.folder / "index.json", index | {"shards": [asdict(mark) for mark in self.marks[1:]]})
+        write_sealed(self.folder / "index.json", index | {"shards": [asdict(mark) for mark in self.marks[1:]]})
 
     def _clear(self) -> None:
         self.ids: list[NDArray[np.unsignedinteger]] = []
@@ -95,11 +94,8 @@ class Shards:
 
     def _take_up(self) -> None:
         """Go on after the last shard that is intact, if there is one."""
-        try:
-            index = read_json(self.folder / "index.json")
-            stored = [Mark(**mark) for mark in index["shards"]]
-        except (InputError, KeyError, TypeError):
-            index, stored = {}, []
+        index = left_behind(self.folder / "index.json") or {"shards": []}
+        stored = [Mark(**mark) for mark in index["shards"]]
         for mark in stored:
             if self._digest(self.marks[-1], mark) != mark.sha256:
                 print(f"  {self.folder}: a shard is damaged and made again, with those after it")

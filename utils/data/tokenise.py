@@ -21,13 +21,13 @@ from utils.data.shards import KEY_BYTES, Shards
 from utils.data.sources import SPLITS, Row, Source, TextUnavailable, describe
 from utils.data.tokenizer import fetch_tokenizer, load_tokenizer, published_identity, save_tokenizer, train_tokenizer
 from utils.data.tokens import Tokens
-from utils.run.artifacts import inventory, link_or_copy, read_json, remove, write_json
+from utils.run.artifacts import inventory, left_behind, link_or_copy, remove, write_json, write_sealed
 from utils.run.cache import cached
 from utils.run.errors import InputError
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
 
-VERSION = 2  # raise it when a change of this package changes the tokens
+VERSION = 3  # raise it when a change of this package changes the tokens
 PROOF_TEXTS = 64
 WHITE_SPACE = b" \t\n\r\v\f"
 SAME_SHARE = 0.95  # the parts at the ends of a packed sequence may be cut within a word
@@ -97,9 +97,9 @@ def _cache_of(config: Experiment, data: Data, root: Path, stop: Stop, instead: s
 def _keep_only_if_made_from(inputs: dict[str, Any], state: Path) -> None:
     """Give up the shards of an interrupted build if they were made from something else: a branch on the hub may have moved since."""
     noted = state / "inputs.json"
-    if not noted.exists() or read_json(noted) != inputs:
+    if left_behind(noted) != inputs:
         remove(state / "tokens")
-        write_json(noted, inputs)
+        write_sealed(noted, inputs)
 
 
 def _limits(config: Experiment) -> dict[str, Limits]:

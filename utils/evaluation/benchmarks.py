@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.schema import Experiment
 from utils.models.loading import device_of, load_model
-from utils.run.artifacts import read_json, write_json
+from utils.run.artifacts import left_behind, write_sealed
 from utils.run.errors import InputError
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
@@ -37,18 +37,19 @@ def benchmark_stored(
 
     places = {(model, name): state / f"{model}_{number}.json" for model in models for number, name in enumerate(names)}
     tasks = harness.load_tasks(names, cache)
-    progress = Progress("benchmarks", len(places), sum(place.exists() for place in places.values()))
+    done = {place: found for place, path in places.items() if (found := left_behind(path))}
+    progress = Progress("benchmarks", len(places), len(done))
     for label, folder in models.items():
-        pending = [name for name in names if not places[label, name].exists()]
+        pending = [name for name in names if (label, name) not in done]
         if not pending:
             continue
         judge = harness.Harness(load_model(folder, device_of(config.compute)), tokenizer, config, stop)
         for name in pending:
             stop.check()
-            write_json(places[label, name], harness.score(judge, tasks[name], config.evaluate.benchmark_limit))
+            done[label, name] = harness.score(judge, tasks[name], config.evaluate.benchmark_limit)
+            write_sealed(places[label, name], done[label, name])
             progress.advance(note=f"{label} {name}")
     progress.close()
-    done = {place: read_json(path) for place, path in places.items()}
     for name in names:
         items = {label: [(row["task"], row["item"], row["hash"]) for row in done[label, name]["rows"]] for label in models}
         if other := next((label for label in models if items[label] != items[next(iter(models))]), None):

@@ -22,7 +22,7 @@ from utils.models.loading import autocast, device_of, load_model, product_dtype
 from utils.run.errors import WorkFailed
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
-from utils.run.records import Records, Row, read_rows, write_rows
+from utils.run.records import Records, Row, write_rows
 
 ROUNDING_LIMIT = 0.01  # nats per token that bf16 may move a loss by, before it is said
 
@@ -62,7 +62,7 @@ def score_windows(
             records.append({"document": window.document, "nll": nll, "tokens": window.scored} for window, nll in rows)
             progress.advance()
     progress.close()
-    return read_rows(path)
+    return records.rows()
 
 
 def by_document(tokens: Tokens, rows: Sequence[Row], first: Sequence[Row] = ()) -> list[Row]:

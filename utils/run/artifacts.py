@@ -8,14 +8,15 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.run.errors import InputError
+from utils.run.errors import InputError, Unreadable
 
 TEMPORARY = ".tmp-"
+SEAL = "sha256_of_the_rest"
 
 
 def sync(path: Path) -> None:
@@ -27,6 +28,20 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are not there, so that all their names survive a power loss."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync(folder.parent)
+
+
+def settle(path: Path) -> None:
+    """Bring a file, or a folder with all files and names in it, to the disk."""
+    for part in (*sorted(path.rglob("*")), path):
+        sync(part)
+
+
 @contextmanager
 def published(path: Path, near: Path | None = None) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to fill (a file or a folder); move it to `path` only if the block succeeds.
@@ -35,12 +50,11 @@ def published(path: Path, near: Path | None = None) -> Iterator[Path]:
     A file that is there is replaced in one step. A folder that is there is removed just before the move: call this on
     a folder only where it is derived data that its manifest no longer vouches for.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     aside = (near or path.parent) / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
     try:
         yield aside
-        for file in files_below(aside):
-            sync(file)
+        settle(aside)
         if aside.is_dir() and path.is_dir():
             shutil.rmtree(path)
         aside.replace(path)
@@ -80,13 +94,41 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, cure: str = "remove it to have it made again") -> Any:
+    """Raises InputError, with what to do, for what is no JSON file, and Unreadable for one that cannot be read now."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: not found") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: expected a JSON file, found something else ({error}); remove it to have it made again") from None
+        raise InputError(f"{path}: not found{', a link to nothing; put back what it named' if path.is_symlink() else ''}") from None
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        raise InputError(f"{path}: expected a JSON file, found something else ({error}); {cure}") from None
+    except OSError as error:
+        raise Unreadable(f"{path}: cannot be read ({error.strerror}); give access, or wait for the disk, then run again") from None
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write strict JSON that carries its own checksum: for what no manifest vouches for."""
+    write_json(path, {**value, SEAL: value_digest(value)})
+
+
+def read_sealed(path: Path, cure: str = "remove it to have it made again", always: bool = True) -> Any:
+    """As `read_json`; InputError also for what is not as it was written. Unless `always`, a file without a checksum is taken as it is."""
+    value = read_json(path, cure)
+    seal = value.pop(SEAL, None) if isinstance(value, dict) else None
+    if (always or seal is not None) and seal != value_digest(value):
+        raise InputError(f"{path}: expected what its own checksum stands for, found a damaged file; {cure}")
+    return value
+
+
+def left_behind(path: Path) -> Any:
+    """What an earlier start wrote with `write_sealed`; None if there is nothing, and if it is damaged, which is said."""
+    try:
+        return read_sealed(path) if path.exists() else None
+    except Unreadable:
+        raise
+    except InputError as error:
+        print(f"  {error.args[0].rpartition(';')[0]}; it is made again")
+        return None
 
 
 def files_below(path: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.run.artifacts import damage, inventory, published, read_json, remove, sweep_temporaries, value_digest, write_json
-from utils.run.errors import InputError
+from utils.run.errors import InputError, Unreadable
 from utils.run.lock import locked
 from utils.run.preemption import Stop
 
@@ -24,6 +24,7 @@ def cached(root: Path, kind: str, description: dict[str, Any], build: Callable[[
         if mark.exists():
             fault = _fault(content, mark)
             if fault is None:
+                remove(entry / "state")  # of a build that was killed at its very end
                 return content
             print(f"  cache: {fault}; building it again")
             remove(mark)
@@ -38,5 +39,7 @@ def cached(root: Path, kind: str, description: dict[str, Any], build: Callable[[
 def _fault(content: Path, mark: Path) -> str | None:
     try:
         return damage(content, read_json(mark)["files"])
+    except Unreadable:
+        raise
     except (InputError, KeyError, TypeError, AttributeError) as error:
         return f"{mark} is not readable ({error})"

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from utils.run.artifacts import make_folder
 from utils.run.errors import FAILED, InputError
 from utils.run.mark import Mark
 from utils.run.places import LOCAL_FILE_SYSTEMS, file_system
@@ -90,11 +91,15 @@ def _entered(path: Path, mark: Mark, queue: Stop | None) -> int:
 def _opened(path: Path) -> int:
     while True:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
         except FileNotFoundError as error:  # a place like /proc, where the kernel knows no folders of ours
             raise PermissionError(errno.EACCES, "no folder can be made here", str(path.parent)) from error
-        with suppress(FileNotFoundError):  # the folder was moved aside just now
+        try:
             return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError as error:
+            if path.is_symlink():
+                raise PermissionError(errno.EACCES, "a link to nothing", str(path)) from error
+            # else the folder was moved aside just now
 
 
 def _same(handle: int, path: Path) -> bool:

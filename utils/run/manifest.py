@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.run.artifacts import damage, inventory, read_json, value_digest, write_json
+from utils.run.artifacts import damage, inventory, read_sealed, settle, value_digest, write_sealed
 from utils.run.environment import code_revision, host, now, versions
 from utils.run.errors import InputError
 
@@ -17,39 +17,40 @@ MANIFEST = "manifest.json"
 def begin(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Note one more start in the folder; return the notes. The identity (stage, config, inputs) must agree with the one there."""
     path = folder / STARTED
-    notes: dict[str, Any] = read_json(path) if path.exists() else {"identity": identity, "starts": []}
+    notes: dict[str, Any] = read_sealed(path, always=False) if path.exists() else {"identity": identity, "starts": []}
     notes["starts"].append({"at": now(), "code_revision": code_revision(), **host()})
-    write_json(path, notes)
+    write_sealed(path, notes)
     return notes
 
 
 def started(folder: Path) -> dict[str, Any] | None:
-    return _load(folder / STARTED, "identity", "starts")
+    return _load(folder / STARTED, "put a copy of it back, since it says what the work beside it was made from", "identity", "starts")
 
 
 def completed(folder: Path) -> dict[str, Any] | None:
     """The manifest, if the stage is complete."""
-    return _load(folder / MANIFEST, "identity", "outputs")
+    return _load(folder / MANIFEST, "remove it to have the stage done again", "identity", "outputs")
 
 
-def _load(path: Path, *keys: str) -> dict[str, Any] | None:
-    if not path.exists():
+def _load(path: Path, cure: str, *keys: str) -> dict[str, Any] | None:
+    if not (path.exists() or path.is_symlink()):
         return None
-    value = read_json(path)
+    value = read_sealed(path, cure, always=False)  # earlier versions wrote none
     if not isinstance(value, dict) or not set(keys) <= set(value):
         raise InputError(f"{path}: expected the keys {', '.join(keys)}; the file is not one of ours, move it away and run again")
     return value
 
 
 def complete(folder: Path, notes: Mapping[str, Any], outputs: Mapping[str, str], seconds: float) -> None:
-    """Declare the stage complete: every output is there, its digest is taken, the manifest comes last."""
+    """Declare the stage complete: every output is there and on the disk, its digest is taken, the manifest comes last."""
     listed = {}
     for name, relative in outputs.items():
         path = folder / relative
         if not path.exists():
             raise RuntimeError(f"the stage ended without its declared output {name!r}: {path} is missing")
+        settle(path)
         listed[name] = {"path": relative, "files": inventory(path)}
-    write_json(
+    write_sealed(
         folder / MANIFEST,
         {
             "identity": notes["identity"],

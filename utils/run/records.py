@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from zlib import crc32
 
-from utils.run.artifacts import write_text
+from utils.run.artifacts import make_folder, write_text
 from utils.run.errors import InputError
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
+CHECK = re.compile(rb"\t([0-9a-f]{8})\n$")  # behind a row that is not finished work yet
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -36,7 +39,7 @@ def json_line(row: Row) -> str:
 
 
 class Records:
-    """An append-only file of rows in a fixed order, with resume.
+    """An append-only file of rows in a fixed order, each with its checksum, with resume.
 
     Work comes in groups whose composition does not depend on where the work was interrupted (the last bits of a
     batched result depend on its batch). `pending` drops the rows of an unfinished group and goes on from its start.
@@ -44,11 +47,11 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
 
     def pending(self, groups: Sequence[Sequence[Item]]) -> Iterator[Sequence[Item]]:
         """Yield the groups that have no rows yet; every item of a group gives one row."""
-        lines = whole_lines(self.path)
+        lines = self._intact()
         done = rows = 0
         while done < len(groups) and rows + len(groups[done]) <= len(lines):
             rows += len(groups[done])
@@ -57,10 +60,29 @@ class Records:
             handle.truncate(sum(len(line) for line, _ in lines[:rows]))
         yield from groups[done:]
 
+    def rows(self) -> list[Row]:
+        """All rows, once no group is pending. Raises InputError if the file was damaged meanwhile."""
+        found = self._intact()
+        if sum(len(line) for line, _ in found) != self.path.stat().st_size:
+            raise InputError(f"{self.path}, line {len(found) + 1}: damaged since it was written; run the stage again")
+        return [row for _, row in found]
+
     def append(self, rows: Iterable[Row]) -> None:
-        text = "".join(map(json_line, rows))
+        lines = [json_line(row).rstrip("\n").encode() for row in rows]
         with self.path.open("ab") as handle:
-            handle.write(text.encode())
+            handle.write(b"".join(line + b"\t%08x\n" % crc32(line) for line in lines))
+
+    def _intact(self) -> list[tuple[bytes, Row]]:
+        """Leading lines, as written, that agree with their checksums, and what they say; damage is said."""
+        lines: list[tuple[bytes, Row]] = []
+        data = self.path.read_bytes() if self.path.exists() else b""
+        for line in data.splitlines(keepends=True):
+            check = CHECK.search(line)
+            if check is None or int(check[1], 16) != crc32(line[: check.start()]):
+                print(f"  {self.path}, line {len(lines) + 1}: torn or damaged, and done again with what follows")
+                break
+            lines.append((line, json.loads(line[: check.start()])))
+        return lines
 
 
 def whole_lines(path: Path) -> list[tuple[bytes, Row]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.schema import Experiment
 from utils.run import manifest
-from utils.run.artifacts import remove, sweep_temporaries
+from utils.run.artifacts import remove, sweep_temporaries, sync
 from utils.run.environment import code_revision, restarted
 from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
 from utils.run.folders import Folders
@@ -354,6 +354,7 @@ def set_aside(folder: Path) -> Path:
     )
     folder.rename(target)
     folder.mkdir(exist_ok=True)  # another process may have come meanwhile; who may work there, the lock decides
+    sync(folder.parent)
     return target
 
 

@@ -12,12 +12,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.run.artifacts import read_json, remove
+from utils.run.artifacts import read_json, read_sealed, remove, write_sealed
 from utils.run.errors import InputError
 from utils.run.lock import claimed
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
-from utils.run.records import Row, read_rows, write_rows
+from utils.run.records import Row
 
 POLL_SECONDS = 0.2
 TELL_SECONDS = 5.0  # between two looks at how far the others are
@@ -51,12 +51,12 @@ class Place:
 
 def done_in(folder: Path) -> set[str]:
     """Names of the units that are done."""
-    return {path.stem for path in folder.glob("*.jsonl")}
+    return {path.stem for path in folder.glob("*.done")}
 
 
 def rows_in(folder: Path, units: Iterable[Unit]) -> list[Row]:
     """All rows, in the order of the units."""
-    return [row for unit in units for row in read_rows(folder / f"{unit.name}.jsonl")]
+    return [row for unit in units for row in read_sealed(folder / f"{unit.name}.done")["rows"]]
 
 
 class Share:
@@ -98,13 +98,13 @@ class Share:
         return sorted(left, key=lambda unit: unit.model != self.model)
 
     def _do(self, unit: Unit) -> None:
-        target, begun = (self.folder / f"{unit.name}{suffix}" for suffix in (".jsonl", ".json"))
+        target, begun = (self.folder / f"{unit.name}{suffix}" for suffix in (".done", ".json"))
         if target.exists():
             return  # since the list was made
         self.stop.check()
         self._tell(unit)
         self.model = unit.model
-        write_rows(target, unit.work(begun, lambda: self._step(unit)))
+        write_sealed(target, {"rows": unit.work(begun, lambda: self._step(unit))})
         remove(begun)
         self._tell(unit)
 

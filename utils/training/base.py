@@ -10,11 +10,11 @@ from utils.data.tokenizer import published_identity
 from utils.data.tokens import PackedBatches, Tokens
 from utils.models.blocks import compiles
 from utils.models.loading import device_of, fetch_pretrained, save_model, scratch_model
-from utils.run.artifacts import link_or_copy, read_json, value_digest, write_json
+from utils.run.artifacts import link_or_copy, read_json, remove, value_digest, write_json
 from utils.run.cache import cached
 from utils.run.errors import InputError
 from utils.run.preemption import Stop
-from utils.training.loop import train
+from utils.training.loop import milestone_fault, train
 from utils.training.run import Run
 
 VERSION = 3  # raise it when a change of the training code changes the base model
@@ -89,9 +89,14 @@ def pretrain(config: Experiment, shape: Scratch, tokens: Path, target: Path, sta
         milestones={step: state / "earlier" / f"step_{step:08d}" for step in shape.earlier},
     )
     final, _ = train(run)
+    if fault := next(filter(None, map(milestone_fault, run.milestones.values())), None):
+        print(f"  {fault}; the base model is pretrained again")
+        remove(state)
+        pretrain(config, shape, tokens, target, state, stop)
+        return
     save_model(model, target / "model")
     for folder in run.milestones.values():
-        link_or_copy(folder, target / "earlier" / folder.name)
+        link_or_copy(folder / "model", target / "earlier" / folder.name)
     write_json(
         target / "origin.json",
         {

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from utils.run.artifacts import damage, inventory, published, read_json, remove, sweep_temporaries, sync, write_json
-from utils.run.errors import InputError
+from utils.run.errors import InputError, Unreadable
 from utils.training.distributed import ALONE, World, local, whole
 from utils.training.parts import assembled, header, offset
 from utils.training.tensor_file import write_tensors
@@ -31,6 +31,7 @@ class TrainState:
 
     step: int = 0
     metrics_bytes: int = 0
+    metrics_sha256: str = ""
     best_step: int = 0
     best_nll: float | None = None
     seconds: float = 0.0
@@ -243,6 +244,8 @@ class Checkpoints:
             wanted = {file: facts for file, facts in listed.items() if kinds[file] in chosen}
             with ThreadPoolExecutor(READERS) as pool:
                 faults = list(pool.map(lambda item: damage(item[0], {".": item[1]}), wanted.items()))
+        except Unreadable:
+            raise
         except (InputError, KeyError, TypeError, AttributeError) as error:
             return f"its manifest is not readable ({error})"
         self._intact |= chosen - {kinds[file] for file, fault in zip(wanted, faults, strict=True) if fault is not None}

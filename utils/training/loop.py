@@ -7,13 +7,16 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from utils.models.attention import packed_causal
 from utils.models.blocks import prepare_blocks
 from utils.models.head import check_head
 from utils.models.loading import save_model
+from utils.run.artifacts import damage, inventory, left_behind, published, write_sealed
 from utils.run.errors import StoppedInTime, WorkFailed
 from utils.run.progress import Progress
 from utils.training import memory, optim
@@ -112,7 +115,7 @@ def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: Train
             stopping = run.world.any(run.stop.requested())  # asked once a step: the flag may rise between two looks at it
             checkpoints.check()
             if state.step in run.milestones:
-                save_model(run.model, run.milestones[state.step])
+                save_milestone(run.model, run.milestones[state.step])
             if validating or stopping or len(log.waiting) >= FLUSH_EVERY:
                 note = log.flush(run.tokens_per_step, state, run.spec.max_bad_steps)
                 telemetry.steps(state.step)
@@ -122,7 +125,7 @@ def _train_on(run: Run, stepper: Stepper, checkpoints: Checkpoints, state: Train
                 note = f"validation {nll:.4f} nats/token"
             if validating or stopping:
                 state.seconds = telemetry.seconds
-                state.metrics_bytes = log.sync()
+                state.metrics_bytes, state.metrics_sha256 = log.sync()
                 with telemetry.saving():
                     checkpoints.save(state, run.model.state_dict(), stepper.tensors())
             progress.advance(1, note)
@@ -138,7 +141,7 @@ def _watched(run: Run, state: TrainState) -> Iterator[tuple[MetricsLog, Telemetr
     with ExitStack() as stack:
         if run.world.first:
             board = stack.enter_context(opened(run.log_to, run.metrics.parent, state.step))
-            log = MetricsLog(run.metrics, state.metrics_bytes, board)
+            log = MetricsLog(run.metrics, state.metrics_bytes, board, state.metrics_sha256)
         else:
             board, log = no_board, MetricsLog(run.state_folder.parent / f"metrics_of_process_{run.world.rank}.jsonl", 0)
         stack.callback(log.close)
@@ -146,6 +149,19 @@ def _watched(run: Run, state: TrainState) -> Iterator[tuple[MetricsLog, Telemetr
         telemetry = Telemetry(run, path, state.step, state.seconds, board)
         stack.callback(telemetry.close)
         yield log, telemetry
+
+
+def save_milestone(model: PreTrainedModel, folder: Path) -> None:
+    """Write the model as it is now to `folder`/model, with its checksums beside it: no checkpoint vouches for it."""
+    with published(folder) as aside:
+        save_model(model, aside / "model")
+        write_sealed(aside / "manifest.json", {"files": inventory(aside / "model")})
+
+
+def milestone_fault(folder: Path) -> str | None:
+    """What is wrong with a milestone, in words; None if it is there as it was written."""
+    mark = left_behind(folder / "manifest.json")
+    return damage(folder / "model", mark["files"]) if mark else f"{folder} is missing or damaged"
 
 
 def _rate(run: Run, step: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from pathlib import Path
@@ -9,25 +10,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.run.artifacts import make_folder, sync
 from utils.run.errors import InputError
 from utils.run.records import Row, json_line, read_rows
 from utils.training.boards import Board, no_board
 from utils.training.checkpoint import TrainState
 from utils.training.guard import GOOD, NAMES, stop_if_lost
 
+CURE = "put a copy of it back, or start the stage again with --discard"
+
 
 class MetricsLog:
     """One row a step and one a validation, without clock times, so that resumed and straight runs agree."""
 
-    def __init__(self, path: Path, size: int, board: Board = no_board) -> None:
+    def __init__(self, path: Path, size: int, board: Board = no_board, sha256: str = "") -> None:
+        """Go on after the first `size` bytes, which have this checksum if one is given."""
         self.board = board
         self.waiting: list[tuple[int, float, Tensor]] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = path.stat().st_size if path.exists() else 0
-        if found < size:
-            raise InputError(f"{path}: found {found} bytes, expected at least {size}; it was cut, start the stage again with --discard")
+        make_folder(path.parent)
+        there = path.read_bytes()[:size] if path.exists() else b""
+        if len(there) < size:
+            raise InputError(f"{path}: found {len(there)} bytes, expected at least {size}; it was cut: {CURE}")
+        self.digest = hashlib.sha256(there)
+        if sha256 and self.digest.hexdigest() != sha256:
+            raise InputError(f"{path}: differs from its checksum in the newest checkpoint; it was damaged: {CURE}")
         self.handle = path.open("ab")
         self.handle.truncate(size)
+        sync(path.parent)  # a checkpoint must not outlive its metrics
 
     def add(self, step: int, rate: float, values: Tensor) -> None:
         """Remember what a step gave, without waiting for it."""
@@ -61,17 +70,19 @@ class MetricsLog:
         return f"loss {loss:.4f}" + (f", {state.skipped} steps skipped" if state.skipped else "")
 
     def write(self, row: Row) -> None:
-        self.handle.write(json_line(row).encode())
+        line = json_line(row).encode()
+        self.handle.write(line)
+        self.digest.update(line)
         self.board(row)
 
     def close(self) -> None:
         self.handle.close()
 
-    def sync(self) -> int:
-        """Bring the file to the disk; returns its size in bytes."""
+    def sync(self) -> tuple[int, str]:
+        """Bring the file to the disk; returns its size in bytes and its SHA-256."""
         self.handle.flush()
         os.fsync(self.handle.fileno())
-        return os.fstat(self.handle.fileno()).st_size
+        return os.fstat(self.handle.fileno()).st_size, self.digest.hexdigest()
 
 
 def _number(value: float) -> float | None:

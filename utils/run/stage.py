@@ -34,10 +34,9 @@ class MissingInput(InputError):
 class Stage:
     """A stage as a value.
 
-    `share` does a part of the work (of the task so and so among so many), together with others, and leaves it in the state.
-
     `reads` names artefacts; `writes` maps an artefact's name to its path below the stage's folder; `config_keys` are the
     sections (or `section.key`) of the configuration on which the outputs depend, apart from the inputs.
+    `share` does a task's part of the work, beside others, and leaves it in the state; None where nothing can be shared.
     """
 
     number: int

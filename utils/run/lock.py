@@ -98,7 +98,7 @@ def _opened(path: Path) -> int:
             return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError as error:
             if path.is_symlink():
-                raise PermissionError(errno.EACCES, "a link to nothing", str(path)) from error
+                raise PermissionError(errno.EACCES, "nothing can be made here", str(path)) from error
             # else the folder was moved aside just now
 
 

@@ -13,7 +13,8 @@ NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS,
 NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
 NO_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|bad_alloc|[Cc]annot allocate memory|can't start new thread|failed to map segment from shared object$"
+    r"can't allocate memory|not enough memory|bad_alloc|[Cc]annot allocate memory|can't start new thread"
+    r"|failed to map segment from shared object$"
 )
 NO_DEVICE = re.compile(r"CUDA error|CUDA driver|CUBLAS_STATUS|CUDNN_STATUS|NCCL|No CUDA GPUs")
 KEPT = "What is complete is kept"

@@ -72,6 +72,8 @@ def _filled(trial: Trial, at: int) -> str | None:
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
             "the machine ran out of memory ([enf",
         ),
+        (ImportError("iup.so: failed to map segment from shared object"), "the machine ran out of memory (iup.so"),
+        (ImportError("iup.so: failed to map segment from shared object: Operation not permitted"), None),
         (RuntimeError("can't start new thread"), "the machine ran out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "the device ran out of memory (CUDA out of memory."),
         (

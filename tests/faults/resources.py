@@ -30,7 +30,7 @@ from tests.killing import differing, results
 AMOUNT = 72
 WORKERS = 2
 REASON = re.compile(r"^\[stage [^]]*\] (?:failed: |refused: |cannot |the machine |the device )", re.MULTILINE)
-SAID = {"disk": "cannot write or read ", "memory": "ran out of memory", "device": "the device failed"}
+SAID = {"memory": "ran out of memory", "device": "the device failed"}
 Told = dict[str, Any]
 
 

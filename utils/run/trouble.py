@@ -12,7 +12,10 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE}
 NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
-NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|bad_alloc|[Cc]annot allocate memory|can't start new thread")
+NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|bad_alloc|[Cc]annot allocate memory|can't start new thread"
+    r"|failed to map segment from shared object$"
+)
 NO_DEVICE = re.compile(r"CUDA error|CUDA driver|CUBLAS_STATUS|CUDNN_STATUS|NCCL|No CUDA GPUs")
 KEPT = "What is complete is kept"
 

@@ -123,9 +123,9 @@ def run_stage(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[St
         print(f"[{where}] failed: {error}", file=sys.stderr)
         return FAILED
     except OSError as error:
-        if error.errno not in DISK_TROUBLE:
-            raise
         named = error.filename2 or error.filename or folder
+        if error.errno not in DISK_TROUBLE and not (isinstance(named, str) and Path(named).is_symlink()):  # a link to nothing
+            raise
         print(
             f"[{where}] cannot write or read {named}: {error.strerror or error}. What is complete is kept: "
             f"make room or give access, or choose other folders (paths.work, paths.results, paths.cache), then run again.",

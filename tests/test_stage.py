@@ -216,6 +216,16 @@ def test_a_mark_that_is_a_link_to_nothing_is_not_taken_for_none(name: str, own_f
     assert f"{mark}: not found, a link to nothing" in capsys.readouterr().err
 
 
+def test_state_that_is_a_link_to_nothing_is_named(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(NUMBERS)
+    assert run(SQUARES, stop=StopAt(3)) == STOPPED
+    rows = folder_of(SQUARES, own_folders) / "state/squares.jsonl"
+    rows.unlink()
+    rows.symlink_to("nowhere/rows")
+    assert run(SQUARES) == FAILED
+    assert f"cannot write or read {rows}: No such file" in capsys.readouterr().err
+
+
 def test_a_lock_that_is_a_link_to_nothing_is_named(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(NUMBERS)
     lock = folder_of(NUMBERS, own_folders) / ".lock"

@@ -22,8 +22,9 @@ KEPT = "What is complete is kept"
 
 def explained(error: Exception, folder: Path | None) -> str | None:
     """Why the work in `folder` ended, and what to do; None for an error that is no fault of the machine."""
-    if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
-        named = error.filename2 or error.filename or folder
+    named = (error.filename2 or error.filename or folder) if isinstance(error, OSError) else None
+    lost = isinstance(named, str) and Path(named).is_symlink()  # a link to nothing
+    if isinstance(error, OSError) and (error.errno in DISK_TROUBLE or lost):
         return (
             f"cannot write or read {named}: {error.strerror or error}{_inodes(error, folder)}. {KEPT}: "
             "make room or give access, or choose other folders (paths.work, paths.results, paths.cache), then run again."

@@ -6,7 +6,7 @@ B texts, T tokens of each with end-of-text, K flips.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,14 @@ from utils.run.progress import Progress
 from utils.run.records import Records, Row, grouped, read_rows
 
 LONGER = 10  # times the candidates, on some texts: what a larger budget would find
+
+
+@dataclass
+class Stored:
+    """A group of texts under attack, after every flip."""
+
+    texts: list[str] = field(default_factory=list)
+    attacks: list[Attack] = field(default_factory=list)
 
 
 class FlipAttacks:
@@ -115,11 +123,11 @@ class FlipAttacks:
     def _run(self, search: FlipSearch, group: Sequence[Row], ids: Tensor, path: Path) -> list[Attack]:
         """The attacks of a group of texts, stored after every flip."""
         names = [text["id"] for text in group]
-        stored = read_json(path) if path.exists() else {"texts": []}
-        begun = [Attack(**each) for each in stored["attacks"]] if stored["texts"] == names else []
+        stored = read_json(path, Stored) if path.exists() else Stored()
+        begun = stored.attacks if stored.texts == names else []
 
         def after_flip(attacks: list[Attack]) -> None:
-            write_json(path, {"texts": names, "attacks": [asdict(each) for each in attacks]})
+            write_json(path, asdict(Stored(names, attacks)))
             self.stop.check()
 
         return search.run(ids, names, begun, after_flip)

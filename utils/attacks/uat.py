@@ -53,7 +53,7 @@ class SearchState:
     @classmethod
     def stored(cls, path: Path) -> SearchState:
         """The state on disk, or a new search."""
-        return cls(**read_json(path)) if path.exists() else cls()
+        return read_json(path, cls) if path.exists() else cls()
 
 
 def with_trigger(end_of_text: int, trigger: Sequence[int], texts: Tensor) -> Tensor:

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.data.tokens import COLUMNS
+from utils.data.tokens import COLUMNS, Index, Mark
 from utils.run.artifacts import read_json, write_json
 from utils.run.errors import InputError
 
 SHARD_TOKENS = 1 << 22
 KEY_BYTES = 16
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Where a shard ends: pieces of the source that were used up and those of them left out as duplicates, documents and tokens
-    written, all counted from the beginning of the split, and the SHA-256 of what the shard added to the files."""
-
-    pieces: int = 0
-    duplicates: int = 0
-    documents: int = 0
-    tokens: int = 0
-    sha256: str = ""
 
 
 class Shards:
@@ -96,9 +84,9 @@ class Shards:
     def _take_up(self) -> None:
         """Go on after the last shard that is intact, if there is one."""
         try:
-            index = read_json(self.folder / "index.json")
+            index = read_json(self.folder / "index.json", Index)
             stored = [Mark(**mark) for mark in index["shards"]]
-        except (InputError, KeyError, TypeError):
+        except InputError:
             index, stored = {}, []
         for mark in stored:
             if self._digest(self.marks[-1], mark) != mark.sha256:

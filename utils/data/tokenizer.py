@@ -46,7 +46,7 @@ def fetch_tokenizer(model: Model, cache: Path, stop: Stop, folder: Path) -> int:
     else:
         source, inside = model_folder(model, cache, stop)[0], {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, **inside)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **inside)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({str(error).splitlines()[0]}); "

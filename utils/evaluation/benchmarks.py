@@ -5,13 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from configs.schema import Experiment
 from utils.models.loading import device_of, load_model
 from utils.run.artifacts import read_json, write_json
 from utils.run.errors import InputError
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
-from utils.run.records import write_rows
+from utils.run.records import Row, write_rows
+
+
+class Scored(TypedDict):
+    """One model on one benchmark."""
+
+    results: dict[str, Any]
+    rows: list[Row]
 
 
 def fetch_benchmarks(config: Experiment, cache: Path) -> None:
@@ -48,7 +57,7 @@ def benchmark_stored(
             write_json(places[label, name], harness.score(judge, tasks[name], config.evaluate.benchmark_limit))
             progress.advance(note=f"{label} {name}")
     progress.close()
-    done = {place: read_json(path) for place, path in places.items()}
+    done = {place: read_json(path, Scored) for place, path in places.items()}
     for name in names:
         items = {label: [(row["task"], row["item"], row["hash"]) for row in done[label, name]["rows"]] for label in models}
         if other := next((label for label in models if items[label] != items[next(iter(models))]), None):

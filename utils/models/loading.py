@@ -72,7 +72,7 @@ def as_teacher(model: PreTrainedModel, precision: str) -> PreTrainedModel:
 def _read(source: Path | str, **options: Any) -> PreTrainedModel:
     """from_pretrained, which alone would fill weights that the files lack with random numbers."""
     model, report = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
     )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"the weights lack {missing[0]} ({len(missing)} in all)")
@@ -83,7 +83,9 @@ def _read_gguf(path: Path) -> PreTrainedModel:
     """The weights of a GGUF file, unpacked into a plain model of its architecture."""
     packed = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     try:
-        found = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, **packed)
+        found = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **packed
+        )
     except (*UNREADABLE, LookupError, struct.error) as error:  # what its reader raises for a file of another kind, or a torn one
         raise InputError(f"{path}: expected a GGUF file of an architecture that transformers knows: {str(error).splitlines()[0]}") from None
     plain = AutoModelForCausalLM.from_config(type(found.config).from_dict(_unpacked(found.config)), dtype=torch.float32)

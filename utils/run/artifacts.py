@@ -10,12 +10,34 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from utils.run.errors import InputError
 
 TEMPORARY = ".tmp-"
+Name = Annotated[str, Field(pattern=r"^(\.|[^/.][^/]*(/[^/.][^/]*)*)$")]  # of a file below a folder, never outside of it; "." itself
+
+
+class Facts(TypedDict):
+    """What an inventory says of a file."""
+
+    sha256: str
+    bytes: int
+
+
+Inventory = dict[Name, Facts]
+
+
+class Listed(TypedDict):
+    """A file with an inventory."""
+
+    files: Inventory
 
 
 def sync(path: Path) -> None:
@@ -80,13 +102,28 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, shape: Any = Any) -> Any:
+    """The value in a JSON file if it has the type `shape`, as pydantic understands it; of a dataclass an instance. Raises InputError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        made = _checked(shape).validate_json(text, strict=True)
+        return made if is_dataclass(shape) else value
     except FileNotFoundError:
         raise InputError(f"{path}: not found") from None
-    except (ValueError, OSError) as error:
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))[:80]
+        raise InputError(f"{path}: expected a file of ours, found {place!r}: {fault['msg']}; remove it to have it made again") from None
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: expected a JSON file, found something else ({error}); remove it to have it made again") from None
+
+
+@lru_cache
+def _checked(shape: Any) -> TypeAdapter[Any]:
+    if is_dataclass(shape):
+        with_config(ConfigDict(extra="forbid"))(shape)  # type: ignore[type-var]
+    return TypeAdapter(shape)
 
 
 def files_below(path: Path) -> list[Path]:
@@ -112,12 +149,12 @@ def value_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def inventory(path: Path) -> dict[str, dict[str, Any]]:
+def inventory(path: Path) -> Inventory:
     """{relative name: {sha256, bytes}} of a file (name ".") or of every file of a folder."""
-    return {file.relative_to(path).as_posix(): {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in files_below(path)}
+    return {file.relative_to(path).as_posix(): Facts(sha256=file_digest(file), bytes=file.stat().st_size) for file in files_below(path)}
 
 
-def damage(path: Path, expected: dict[str, dict[str, Any]], contents: bool = True) -> str | None:
+def damage(path: Path, expected: Inventory, contents: bool = True) -> str | None:
     """What is wrong with a file or folder against its inventory, in words; None if it is intact. Without `contents` by size alone."""
     for name, facts in expected.items():
         file = path if name == "." else path / name

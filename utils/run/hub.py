@@ -177,10 +177,10 @@ def _cache_folder(repository: Repository, folder: Path) -> Path:
 
 def _stored(place: Path) -> Listing | None:
     try:
-        stored = read_json(place)
-        return Listing(stored["commit"], {name: Facts(**facts) for name, facts in stored["files"].items()})
-    except (InputError, KeyError, TypeError, AttributeError):
+        listed: Listing = read_json(place, Listing)
+    except InputError:
         return None
+    return listed
 
 
 def _ask(repository: Repository) -> Listing:

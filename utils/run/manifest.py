@@ -6,39 +6,59 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.run.artifacts import damage, inventory, read_json, value_digest, write_json
+from typing_extensions import TypedDict
+
+from utils.run.artifacts import Inventory, Name, damage, inventory, read_json, value_digest, write_json
 from utils.run.environment import code_revision, host, now, versions
-from utils.run.errors import InputError
 
 STARTED = "started.json"
 MANIFEST = "manifest.json"
 
 
+class Identity(TypedDict):
+    """What a stage works on: what differs makes it another work."""
+
+    stage: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, str]
+
+
+class Start(TypedDict):
+    code_revision: str
+
+
+class Started(TypedDict):
+    identity: Identity
+    starts: list[Start]
+
+
+class Output(TypedDict):
+    path: Name
+    files: Inventory
+
+
+class Complete(Started):
+    finished: str
+    outputs: dict[str, Output]
+
+
 def begin(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Note one more start in the folder; return the notes. The identity (stage, config, inputs) must agree with the one there."""
     path = folder / STARTED
-    notes: dict[str, Any] = read_json(path) if path.exists() else {"identity": identity, "starts": []}
+    notes: dict[str, Any] = read_json(path, Started) if path.exists() else {"identity": identity, "starts": []}
     notes["starts"].append({"at": now(), "code_revision": code_revision(), **host()})
     write_json(path, notes)
     return notes
 
 
 def started(folder: Path) -> dict[str, Any] | None:
-    return _load(folder / STARTED, "identity", "starts")
+    return read_json(folder / STARTED, Started) if (folder / STARTED).exists() else None
 
 
 def completed(folder: Path) -> dict[str, Any] | None:
     """The manifest, if the stage is complete."""
-    return _load(folder / MANIFEST, "identity", "outputs")
-
-
-def _load(path: Path, *keys: str) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    value = read_json(path)
-    if not isinstance(value, dict) or not set(keys) <= set(value):
-        raise InputError(f"{path}: expected the keys {', '.join(keys)}; the file is not one of ours, move it away and run again")
-    return value
+    return read_json(folder / MANIFEST, Complete) if (folder / MANIFEST).exists() else None
 
 
 def complete(folder: Path, notes: Mapping[str, Any], outputs: Mapping[str, str], seconds: float) -> None:

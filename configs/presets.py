@@ -129,7 +129,11 @@ def _read(path: Path, folder: Path, below: tuple[Path, ...] = ()) -> dict[str, A
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: found {parent!r}, expected the name or the file of one preset")
     beside = str(path.parent / parent) if parent.endswith((".yaml", ".yml")) else parent
-    return _merge(_read(_locate(beside, folder), folder, (*below, path.resolve())), tree)
+    try:
+        found = _locate(beside, folder)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: extends: {error}") from None
+    return _merge(_read(found, folder, (*below, path.resolve())), tree)
 
 
 def _parsed(text: str, refusal: str) -> Any:

@@ -86,7 +86,7 @@ class Shards:
         try:
             index = read_json(self.folder / "index.json", Index)
             stored = [Mark(**mark) for mark in index["shards"]]
-        except InputError:
+        except (InputError, TypeError):
             index, stored = {}, []
         for mark in stored:
             if self._digest(self.marks[-1], mark) != mark.sha256:

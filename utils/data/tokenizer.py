@@ -47,9 +47,10 @@ def fetch_tokenizer(model: Model, cache: Path, stop: Stop, folder: Path) -> int:
         source, inside = model_folder(model, cache, stop)[0], {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **inside)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the library raises for a file that somebody else made
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({str(error).splitlines()[0]}); "
+            f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({said}); "
             "name a model that has one"
         ) from None
     if tokenizer.eos_token_id is None:
@@ -62,7 +63,11 @@ def fetch_tokenizer(model: Model, cache: Path, stop: Stop, folder: Path) -> int:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The stored tokenizer; the text "<|endoftext|>" inside a document is encoded as text, not as the end of it."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more particular
+        raise InputError(f"{path}: expected a tokenizer of the tokenizers library ({error}); name a model that has one") from None
     tokenizer.encode_special_tokens = True
     return tokenizer
 

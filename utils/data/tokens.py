@@ -58,11 +58,17 @@ class Tokens:
     @cached_property
     def ids(self) -> NDArray[np.unsignedinteger]:
         """(N,) all tokens, memory-mapped."""
-        return np.memmap(self.folder / "tokens.bin", dtype=self.index["dtype"], mode="r")
+        return self._mapped("tokens", self.index["dtype"], self.index["tokens"])
 
     def column(self, name: str) -> NDArray[Any]:
         """(documents,) one of COLUMNS, memory-mapped."""
-        return np.memmap(self.folder / f"{name}.bin", dtype=COLUMNS[name], mode="r")
+        return self._mapped(name, COLUMNS[name], self.index["documents"])
+
+    def _mapped(self, name: str, dtype: str, count: int) -> NDArray[Any]:
+        path, expected = self.folder / f"{name}.bin", count * np.dtype(dtype).itemsize
+        if not path.is_file() or path.stat().st_size != expected or not expected:
+            raise InputError(f"{path}: expected a file of {expected} bytes, as index.json says, and more than none; remove its folder")
+        return np.memmap(path, dtype=dtype, mode="r")
 
     @property
     def end_of_text(self) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PretrainedConfig, PreTrainedModel
@@ -24,7 +22,6 @@ from utils.run.hub import model_folder
 from utils.run.preemption import Stop
 
 transformers_logging.disable_progress_bar()
-UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)  # what from_pretrained raises for a folder it cannot load
 
 
 def device_of(compute: Compute) -> torch.device:
@@ -55,7 +52,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
     """Load a model folder in fp32, ready to evaluate. Only safetensors are read, never a pickle."""
     try:
         model = _read(folder, local_files_only=True)
-    except UNREADABLE as error:
+    except Exception as error:  # whatever the library raises for what somebody else made
         raise InputError(f"{folder}: expected a model folder with config.json and safetensors weights: {error}") from None
     return model.to(device).eval()
 
@@ -86,11 +83,16 @@ def _read_gguf(path: Path) -> PreTrainedModel:
         found = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **packed
         )
-    except (*UNREADABLE, LookupError, struct.error) as error:  # what its reader raises for a file of another kind, or a torn one
-        raise InputError(f"{path}: expected a GGUF file of an architecture that transformers knows: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        raise InputError(f"{path}: expected a GGUF file of an architecture that transformers knows: {_said(error)}") from None
     plain = AutoModelForCausalLM.from_config(type(found.config).from_dict(_unpacked(found.config)), dtype=torch.float32)
     plain.load_state_dict(found.state_dict())
     return plain.eval()
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error's words."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _unpacked(config: PretrainedConfig) -> dict[str, Any]:
@@ -139,8 +141,8 @@ def fetch_pretrained(model: Model, cache: Path, stop: Stop) -> tuple[PreTrainedM
     folder, commit = model_folder(model, cache, stop)
     try:
         return _read(folder, local_files_only=True).eval(), commit
-    except UNREADABLE as error:
+    except Exception as error:
         raise InputError(
             f"model.name={model.name!r}, revision {model.revision!r}: cannot be loaded as a causal LM with safetensors weights: "
-            f"{str(error).splitlines()[0]}. Name another model, or give a local folder"
+            f"{_said(error)}. Name another model, or give a local folder"
         ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import time
 from types import FrameType
@@ -16,6 +17,12 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 MARGIN = 300.0  # seconds to save the state of a billion parameters on a slow file system
 
 
+def job_end() -> float | None:
+    """When the job around this process ends, epoch seconds; None where nobody says so, or not in seconds."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(end) if re.fullmatch("[0-9]{1,12}", end) else None
+
+
 class Stop:
     """The flag. It rises by itself some time before the job's end (SLURM_JOB_END_TIME, epoch seconds), for sites that send no signal.
 
@@ -24,8 +31,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        self.deadline = float(end) - min(MARGIN, max(0.0, (float(end) - time.time()) / 4)) if end.isdigit() else None
+        end = job_end()
+        self.deadline = None if end is None else end - min(MARGIN, max(0.0, (end - time.time()) / 4))
 
     def listen(self) -> None:
         """Let SIGUSR1, SIGTERM and Ctrl-C set the flag; a second Ctrl-C ends the process at once."""

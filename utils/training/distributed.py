@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
+from utils.run.environment import number
 from utils.run.errors import InputError
 
 PLACES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))  # torchrun's, srun's
@@ -77,7 +78,7 @@ def place() -> tuple[int, int, int]:
     """(rank, number of processes, number on this node) as torchrun or srun say."""
     for names in PLACES:
         if all(name in os.environ for name in names):
-            rank, size, local = (int(os.environ[name]) for name in names)
+            rank, size, local = map(number, names)
             return rank, size, local
     raise InputError(f"found neither {', '.join(PLACES[0])} nor {', '.join(PLACES[1])} in the environment; start with torchrun or srun")
 

@@ -18,6 +18,7 @@ import torch
 
 from configs.schema import Compute
 from utils.run.artifacts import remove, write_text
+from utils.run.environment import number
 from utils.run.errors import DONE, STOPPED, InputError, StoppedInTime, WorkFailed
 from utils.run.preemption import Stop
 
@@ -72,9 +73,9 @@ def _commands(command: list[str], compute: Compute) -> list[tuple[list[str], dic
     if count < 1:
         raise InputError(f"compute.parallel={compute.parallel}: found no GPU, expected some; ask for them, or set compute.processes")
     meeting = {"MASTER_PORT": str(_free_port())}
-    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    nodes = number("SLURM_JOB_NUM_NODES", 1)
     if nodes > 1:
-        share = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) // count)
+        share = max(1, number("SLURM_CPUS_ON_NODE", 1) // count)
         tasks = [f"--nodes={nodes}", f"--ntasks={nodes * count}", f"--ntasks-per-node={count}", f"--cpus-per-task={share}"]
         return [(["srun", *tasks, "--kill-on-bad-exit=1", "--label", *command], meeting | {"MASTER_ADDR": socket.gethostname()})]
     meeting |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(count)}

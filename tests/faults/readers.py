@@ -19,7 +19,7 @@ from configs.presets import CLUSTERS, PRESETS, load, load_cluster
 from stages.pipeline import stages
 from tests.builders import small_model, token_folder
 from tests.fake_slurm import FakeSlurm, interrupt, make_chain, small_checkout
-from tests.fake_stages import NUMBERS, SQUARES, TINY, StopAt, folder_of, run
+from tests.fake_stages import NUMBERS, SQUARES, SQUARES_OF_42, TINY, StopAt, folder_of, run
 from tests.faults.confined import Look
 from tests.faults.mutation import Kind
 from tests.test_checkpoint import saved
@@ -35,6 +35,7 @@ from utils.models.loading import load_model, save_model
 from utils.run import hub
 from utils.run.artifacts import read_json
 from utils.run.cache import cached
+from utils.run.errors import DONE, REFUSED
 from utils.run.folders import Folders
 from utils.run.preemption import Stop
 from utils.run.records import Records, json_line, read_rows
@@ -139,8 +140,9 @@ def _marks(folder: Path) -> list[Reader]:
             shutil.rmtree(each)
             shutil.copytree(folder / "kept" / each.name, each)
         path.write_bytes(given)
-        run(NUMBERS)
-        run(SQUARES)
+        codes = {run(NUMBERS), run(SQUARES)}
+        assert codes <= {DONE, REFUSED}, codes
+        assert codes != {DONE} or read_json(made / "squares.json") == SQUARES_OF_42
 
     return [
         _of_file(f"mark: {path.name}", "json", [path.read_bytes()], path, begun, 0.5)
@@ -258,6 +260,8 @@ def _queue(folder: Path) -> list[Reader]:
     return [
         _of_file("jobs submitted", "json", [chain.record.read_bytes()], chain.record, shown, 0.5),
         _of_file("progress", "json", [progress.read_bytes()], progress, shown, 0.5),
-        Reader("what SLURM tells a job", "json", [json.dumps(told).encode(), json.dumps(told | array).encode()], inside, "SLURM", 0.5),
+        Reader(
+            "what SLURM tells a job", "json", [json.dumps(told).encode(), json.dumps(told | array).encode()], inside, "environment", 0.5
+        ),
         _of_file("hub: listing", "json", [json.dumps({"commit": "b" * 40, "files": files}).encode()], listed, known),
     ]

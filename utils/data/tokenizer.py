@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.schema import Model
+from utils.data.encode import parts
 from utils.run.errors import InputError
 from utils.run.gguf import gguf_file
 from utils.run.hub import model_folder
@@ -24,7 +25,7 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in parts(text)), trainer)
     return tokenizer
 
 

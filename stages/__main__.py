@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from configs.presets import ConfigError
 from stages import slurm
 from stages.pipeline import add_experiment_options, depends_on, experiment, run_each, stages
+from utils.run.environment import keep_others_from_writing
 from utils.run.errors import DONE, REFUSED, InputError
 from utils.run.folders import Folders
 from utils.run.stage import Stage
@@ -16,6 +17,7 @@ from utils.run.stage import Stage
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    keep_others_from_writing()
     try:
         if options.command in ("job", "requeue"):
             return slurm.work(options.stage, leaving=options.command == "requeue")

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 Kind = Literal["json", "lines", "yaml", "bytes"]
 HOSTILE: list[Any] = [
-    None, True, -1, 0, 2**31, 2**63, 2**64, 10**400, -(10**400), 1.5, 1e308, -0.0, float("nan"), float("inf"), "", "a" * 100_000, "\0", "\n",
-    "\ud800", "\u202e", "\x1b[2J", "²", "../../../../etc/passwd", "/etc/passwd", "$(touch CANARY)", "`touch CANARY`", "'; touch CANARY #",
-    "%s%n", "{0.__class__}", "=cmd|' /C calc'!A0", "<script>", "!!python/object/apply:os.system [true]", [], {}, [[]], {"": ""}, [0] * 10_000,
+    None, True, -1, 0, 2**31, 2**63, 2**64, 10**400, -(10**400), 1.5, 1e308, -0.0, float("nan"), float("inf"), "", "a" * 100_000,
+    "\0", "\n", "\ud800", "\u202e", "\x1b[2J", "²", "../../../../etc/passwd", "/etc/passwd", "$(touch CANARY)", "`touch CANARY`",
+    "'; touch CANARY #", "%s%n", "{0.__class__}", "=cmd|' /C calc'!A0", "<script>", "!!python/object/apply:os.system [true]",
+    [], {}, [[]], {"": ""}, [0] * 10_000,
 ]  # fmt: skip
 BYTES = [
     b"\0",

@@ -260,8 +260,6 @@ def _queue(folder: Path) -> list[Reader]:
     return [
         _of_file("jobs submitted", "json", [chain.record.read_bytes()], chain.record, shown, 0.5),
         _of_file("progress", "json", [progress.read_bytes()], progress, shown, 0.5),
-        Reader(
-            "what SLURM tells a job", "json", [json.dumps(told).encode(), json.dumps(told | array).encode()], inside, "environment", 0.5
-        ),
+        Reader("what SLURM tells a job", "json", [json.dumps(each).encode() for each in (told, told | array)], inside, "environment", 0.5),
         _of_file("hub: listing", "json", [json.dumps({"commit": "b" * 40, "files": files}).encode()], listed, known),
     ]

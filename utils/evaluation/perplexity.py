@@ -175,7 +175,7 @@ def evaluate_stored(
         if checked:
             rounded[name] = rounding(model, checked, spec.batch_size, stop)
     write_rows(records, rows)
-    unigram = unigram_nll(np.load(unigram_counts), test, model.config.vocab_size)
+    unigram = unigram_nll(np.load(unigram_counts, allow_pickle=False), test, model.config.vocab_size)
     return {
         "pile_test": results,
         "rounding": rounded,

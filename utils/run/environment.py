@@ -17,6 +17,11 @@ REVISION = "REVISION"  # of code that was copied out of its checkout
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "scipy")
 
 
+def keep_others_from_writing() -> None:
+    """Whatever this process and its children make from here on, other users may not write to it, however lax the user's umask is."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
 def now() -> str:
     """UTC time, ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

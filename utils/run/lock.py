@@ -27,7 +27,12 @@ def locked(folder: Path, *, queue: Stop | None = None) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # a place like /proc, where the kernel knows no folders of ours
         raise PermissionError(errno.EACCES, "no folder can be made here", str(folder)) from error
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InputError(f"{folder / '.lock'}: found a link, expected a file of ours, which is emptied; find out who made it") from None
     try:
         if not _taken(handle):
             owner = os.pread(handle, 200, 0).decode(errors="replace") or "another process"

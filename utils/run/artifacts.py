@@ -21,7 +21,8 @@ from typing_extensions import TypedDict
 from utils.run.errors import InputError
 
 TEMPORARY = ".tmp-"
-Name = Annotated[str, Field(pattern=r"^(\.|[^/.][^/]*(/[^/.][^/]*)*)$")]  # of a file below a folder, never outside of it; "." itself
+_PART = r"([^/.][^/]*|\.[^/.][^/]*|\.\.[^/]+)"
+Name = Annotated[str, Field(pattern=rf"^(\.|{_PART}(/{_PART})*)$")]  # of a file below a folder, never outside of it; "." is the file itself
 
 
 class Facts(TypedDict):

@@ -71,6 +71,11 @@ class Listing:
     commit: str
     files: dict[str, Facts]
 
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if {"", ".", ".."}.intersection(name.split("/")):
+                raise InputError(f"found the name {name!r} in a repository's listing, expected files below it; trust it no more")
+
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """Names that fit a pattern or lie below a folder of that name, in order; a pattern's * does not cross folders."""
         return [name for name in sorted(self.files) if any(_fits(name, pattern) for pattern in patterns)]

@@ -66,6 +66,8 @@ def _cause(error: Exception) -> Cause | None:
         return Cause("the hub has no such revision of it; check the revision")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return Cause("the hub has no such file in it; check the path")
+    if isinstance(error, UnicodeEncodeError):
+        return Cause("the token holds a character that no token has; correct or remove HF_TOKEN")
     if isinstance(error, errors.HfHubHTTPError):
         return _of_status(error.response.status_code, error.response.headers.get("retry-after", ""))
     if isinstance(error, errors.LocalEntryNotFoundError):

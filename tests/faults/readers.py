@@ -85,7 +85,7 @@ def _of_file(name: str, kind: Kind, valid: list[bytes], path: Path, look: Callab
 def _configurations(folder: Path) -> list[Reader]:
     presets = [Path(TINY).read_bytes(), (PRESETS / "mini.yaml").read_bytes(), b"extends: mini\ntraining: {steps: 3}\n"]
     sites = [path.read_bytes() for path in CLUSTERS.glob("*.yaml")]
-    given = [b"training.steps=5", b"seeds=[1, 2]", b"model={name: a}", b"paths.work=/tmp/a", b"run_name='a'", b"uat.race_share=1e-3"]
+    given = [b"training.steps=5", b"seeds=[1, 2]", b"model.name=a", b"paths.work=/tmp/a", b"run_name='a'", b"uat.race_share=1e-3"]
 
     def preset(path: Path) -> None:
         config = load(str(path))
@@ -234,7 +234,11 @@ def _queue(folder: Path) -> list[Reader]:
     told = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1", "SLURM_JOB_END_TIME": "1800000000", "JOB_RESTARTS": "2"}
     array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "0"}
 
+    jobs = chain.record.read_bytes()
+
     def shown(path: Path) -> None:
+        if path != chain.record:
+            chain.record.write_bytes(jobs)
         with patch.object(client, "call", FakeSlurm()):
             report(chain)
             chain.position(stages()[0], [42])
@@ -258,7 +262,7 @@ def _queue(folder: Path) -> list[Reader]:
 
     files = {"a.jsonl": entry, "b/c.jsonl": entry}
     return [
-        _of_file("jobs submitted", "json", [chain.record.read_bytes()], chain.record, shown, 0.5),
+        _of_file("jobs submitted", "json", [jobs], chain.record, shown, 0.5),
         _of_file("progress", "json", [progress.read_bytes()], progress, shown, 0.5),
         Reader("what SLURM tells a job", "json", [json.dumps(each).encode() for each in (told, told | array)], inside, "environment", 0.5),
         _of_file("hub: listing", "json", [json.dumps({"commit": "b" * 40, "files": files}).encode()], listed, known),

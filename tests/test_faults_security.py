@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from configs.schema import Paths
 from tests.faults import scan, security, shells
 from tests.faults.leavings import FORMULAS, TOKEN, examined, report_faults
 from tests.faults.outcome import Outcome
 from utils.report.table import Table
 from utils.run.environment import keep_others_from_writing
+from utils.run.errors import InputError
+from utils.run.folders import Folders
 from utils.slurm import snapshot
 
 
@@ -78,6 +81,13 @@ def test_a_name_that_a_shell_would_run(tmp_path: Path, monkeypatch: pytest.Monke
         patch.setattr(snapshot.shlex, "quote", str)
         assert fallen(list(shells._as_job("a; touch CANARY #", tmp_path / "bare")))
     assert shlex.quote("a b") == "'a b'"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1bb", os.fsdecode(b"a\xff")])
+def test_folders_that_no_line_can_hold_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", f"/tmp/{name}")
+    with pytest.raises(InputError, match=r"paths: found '/tmp/a.*, expected UTF-8 without line ends"):
+        Folders.of(Paths(), "a")
 
 
 def test_what_a_run_leaves_is_looked_at(tmp_path: Path) -> None:

@@ -180,6 +180,19 @@ def test_a_local_folder_serves_as_published_model(published: Experiment, tmp_pat
     assert len(feed_forward(load_model(base / "model"))) == 2
 
 
+def test_an_id_that_the_model_has_no_embedding_for_is_refused(published: Experiment, tmp_path: Path) -> None:
+    content = token_cache(published, tmp_path / "cache", Stop())
+    save_model(random_model(vocabulary=280), tmp_path / "published")
+    with pytest.raises(InputError, match=r"published': its tokenizer gives the id 299, expected ids below 280"):
+        base_cache(published, tmp_path / "cache", content, Stop())
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json: expected a tokenizer of the tokenizers library"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path, no_network: None) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"model\.name='.*empty', revision 'main': no tokenizer found"):

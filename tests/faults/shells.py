@@ -117,8 +117,9 @@ def _as_job(hostile: str, folder: Path) -> Iterator[Outcome]:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     told = dict.fromkeys((*(f"SLURM_{name}" for name in TOLD), "GPU_LOG_SECONDS"), hostile)
-    for job_name in (SCRIPTS[0].stem, hostile, f"job_0_{hostile}", f"job_0_/../../{CANARY}"):
-        command = ["bash", str(SCRIPTS[0]), str(home / "code"), hostile]
+    named = [(SCRIPTS[0], name) for name in (hostile, f"job_0_{hostile}", f"job_0_/../../{CANARY}")]
+    for script, job_name in [*((script, script.stem) for script in SCRIPTS), *named]:
+        command = ["bash", str(script), str(home / "code"), hostile]
         environment = os.environ | told | {"SLURM_JOB_NAME": job_name}
         done = subprocess.run(command, cwd=home / "root", env=environment, capture_output=True, text=True, errors="replace", timeout=60)
         made = canaries(folder)

@@ -76,10 +76,10 @@ def test_a_pickle_that_is_loaded_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_a_name_that_a_shell_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a job's paths and variables; and without the quotes of the frozen run's shell lines it is noticed."""
-    assert fallen(list(shells._as_job("$(touch CANARY)", tmp_path / "quoted"))) == []
+    assert fallen(list(islice(shells._as_job("$(touch CANARY)", tmp_path / "quoted"), 2))) == []
     with monkeypatch.context() as patch:
         patch.setattr(snapshot.shlex, "quote", str)
-        assert fallen(list(shells._as_job("a; touch CANARY #", tmp_path / "bare")))
+        assert fallen(list(islice(shells._as_job("a; touch CANARY #", tmp_path / "bare"), 1)))
     assert shlex.quote("a b") == "'a b'"
 
 

@@ -244,6 +244,7 @@ def _queue(folder: Path) -> list[Reader]:
             chain.position(stages()[0], [42])
 
     def inside(given: bytes) -> None:
+        chain.record.write_bytes(jobs)
         for name in told | array:
             os.environ.pop(name, None)
         try:

@@ -51,6 +51,17 @@ class Compute(Section):
     threads: Count = Field(0, description="CPU threads; 0 takes all cores. Bitwise repeatability on a CPU needs a constant number")
 
 
+class AttackWorkers(Section):
+    """Who does the work of the attacks (stages 5 and 6). No result depends on it, so it is no part of what a folder is held to: it may
+    change between two starts of a run."""
+
+    processes: Count = Field(0, description="processes that share the work on a node; 0: one for each GPU, or one where there is none")
+    tasks: Positive = Field(
+        1,
+        description="on a SLURM cluster, tasks of an array that shares the work, before the stage's own job does what is left; 1: no array",
+    )
+
+
 class Scratch(Section):
     """A GPT-NeoX model pretrained at setup, where no pretrained model can be had (or none is wanted)."""
 
@@ -435,6 +446,7 @@ class Experiment(Section):
     monotone: Monotone = Monotone.model_validate({})
     training: Training
     telemetry: Telemetry = Telemetry.model_validate({})
+    attack_workers: AttackWorkers = AttackWorkers()
     baseline: Arm
     monotonic: Arm
     evaluate: Evaluate

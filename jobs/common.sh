@@ -64,12 +64,14 @@ run_as_child() {
 }
 
 code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-stage=${SLURM_JOB_NAME#job_}
+stage=${SLURM_JOB_NAME#*_}
 stage=${stage%%_*}
-if ! [[ ${SLURM_JOB_NAME:-} =~ ^job_[0-7]_[[:alnum:]_]+$ ]]; then
+if ! [[ ${SLURM_JOB_NAME:-} =~ ^(job_[0-7]|share_[56])_[[:alnum:]_]+$ ]]; then
     say "found the job name '${SLURM_JOB_NAME:-}', expected that of the script (job_2_baseline): submit without --job-name and SBATCH_JOB_NAME" >&2
     exit 2
 fi
+work=job
+case $SLURM_JOB_NAME in share_*) work=share ;; esac
 [ -f "$code/site.sh" ] || { say "$code holds no site.sh: submit the run with 'bash run_all.sh' first" >&2; exit 2; }
 root='' network='' PYTHON=''
 # shellcheck source=/dev/null
@@ -91,17 +93,20 @@ say "$SLURM_JOB_NAME, job $SLURM_JOB_ID${SLURM_ARRAY_TASK_ID:+ (task $SLURM_ARRA
 gpu_log
 
 status=75
-[ -n "$asked" ] || run_as_child job "$stage"
+[ -n "$asked" ] || run_as_child "$work" "$stage"
 [ -z "$sampler" ] || kill "$sampler" 2>/dev/null || true
 
 # The signal can hit Python before it listens, and bash can lose the code of a child that ends while a trap runs (-1).
 # Nothing is lost then: all that is on the disk is whole.
 case $asked:$status in ?*:138 | ?*:143 | ?*:-1) status=75 ;; esac
-if [ "$status" = 75 ]; then
+if [ "$work" = share ]; then
+    [ "$status" = 0 ] || say "this task ended with code $status; what it left undone, the stage's own job does"
+elif [ "$status" = 75 ]; then
     trap '' USR1 TERM # the way back into the queue is not to be cut short, by the time limit say
     asked=''
     run_as_child requeue "$stage"
 elif [ "$status" != 0 ]; then
+    [ "$status" != 137 ] || say "the stage was killed: the node's memory did not suffice (memory in the cluster file), or someone did it" >&2
     say "the stage ended with code $status. Jobs that wait for it are cancelled by SLURM. Read the lines above; when the cause is gone: bash run_all.sh --resume" >&2
 fi
 say "ends with code $status"

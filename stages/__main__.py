@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from configs.presets import ConfigError
 from stages import slurm
 from stages.pipeline import add_experiment_options, depends_on, experiment, run_each, stages
 from utils.run.environment import keep_others_from_writing
-from utils.run.errors import DONE, REFUSED, InputError
+from utils.run.errors import DONE, FAILED, REFUSED, InputError
 from utils.run.folders import Folders
 from utils.run.stage import Stage
+from utils.run.trouble import explained
+
+UNREAD = 141  # as a shell says of a program that SIGPIPE has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
     keep_others_from_writing()
     try:
+        code = _done(_parser().parse_args(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return UNREAD
+    return code
+
+
+def _done(options: argparse.Namespace) -> int:
+    """Carry out a command; returns its exit code."""
+    try:
+        if options.command == "share":
+            return slurm.share(options.stage)
         if options.command in ("job", "requeue"):
             return slurm.work(options.stage, leaving=options.command == "requeue")
         if options.command == "status":
@@ -34,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, InputError) as error:
         print(error, file=sys.stderr)
         return REFUSED
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or (words := explained(error, Path.cwd())) is None:
+            raise
+        print(words, file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return 130
 
@@ -54,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--watch", nargs="?", type=float, const=slurm.WATCH_SECONDS, metavar="SECONDS", help="print it again and again")
     for name, words in (
         ("job", "inside a SLURM job: do its stage"),
+        ("share", "inside a task of a SLURM array: do a share of its stage's work"),
         ("requeue", "inside a SLURM job that was stopped in time: queue it again"),
     ):
         commands.add_parser(name, help=words).add_argument("stage", type=int, choices=range(8))

@@ -15,7 +15,8 @@ from configs.schema import Experiment, Paths
 from stages.pipeline import depends_on, experiment, run_each, stages
 from utils.run.errors import DONE, InputError
 from utils.run.folders import Folders
-from utils.run.stage import Stage
+from utils.run.preemption import Stop
+from utils.run.stage import Stage, run_stage
 from utils.run.status import status_table
 from utils.slurm import job, snapshot
 from utils.slurm.chain import Chain
@@ -123,16 +124,28 @@ def _status(options: argparse.Namespace) -> tuple[str, bool]:
     return hint + status_table(stages(), config), False
 
 
+def _frozen() -> Chain:
+    """The run whose frozen code this is."""
+    code = Path(__file__).resolve().parents[1]
+    return Chain(stages(), _graph(), *snapshot.stored(code), code, _root())
+
+
+def share(number: int) -> int:
+    """What a task of an array calls: do its share of a stage's work. What it leaves undone, the stage's own job does."""
+    config, stop = _frozen().config, Stop()
+    stop.listen()
+    seed, task = job.own_share(config)
+    return run_stage(stages()[number], config, seed, stages(), stop, task=task)
+
+
 def work(number: int, leaving: bool) -> int:
     """What a job calls: do its stage for its seeds, or, after exit code 75, see to its own return."""
-    code, stage = Path(__file__).resolve().parents[1], stages()[number]
-    config, cluster = snapshot.stored(code)
-    chain = Chain(stages(), _graph(), config, cluster, code, _root())
+    chain, stage = _frozen(), stages()[number]
     seeds = job.own_seeds(chain, stage)
     if leaving:
         return job.leave(chain, stage, seeds)
     job.arrive(chain, stage, seeds)
-    result = run_each([stage], config, seeds, discard=False)
+    result = run_each([stage], chain.config, seeds, discard=False)
     if result == DONE:
         job.forget(chain, stage, seeds)
     return result

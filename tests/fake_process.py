@@ -1,4 +1,4 @@
-"""Stands for one process of a training run: `python -m tests.fake_process HOW STATE` ends as HOW says of it, without loading torch."""
+"""Stands for one launched process: `python -m tests.fake_process HOW STATE` ends as HOW says of it, without loading torch."""
 
 import os
 import sys

@@ -65,7 +65,7 @@ class Job:
         python = self.folder / "python"
         notes = f'echo "$4 $5" >>{self.folder}/calls; env >{self.folder}/env_of_$4; pwd >{self.folder}/where'
         calls = f'{notes}; [ "$3" = {shlex.quote(str(self.code))} ] || exit 99'
-        put(python, f"{calls}\ncase $4 in\njob)\n{self.job}\n;;\nrequeue)\n{self.requeue}\n;;\nesac")
+        put(python, f"{calls}\ncase $4 in\njob | share)\n{self.job}\n;;\nrequeue)\n{self.requeue}\n;;\nesac")
         site = f"root={shlex.quote(str(self.root))}\nnetwork={self.network}\nPYTHON={shlex.quote(str(python))}\n"
         (self.code / "site.sh").write_text(site)
         return self.start_as_it_is()
@@ -73,7 +73,8 @@ class Job:
     def start_as_it_is(self) -> subprocess.Popen[str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
         own = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": self.name}
-        script = next(self.folder.glob(f"job_{self.name[4:5]}_*.slurm_script"), self.folder / "job_3_monotonic.slurm_script")
+        number = self.name.partition("_")[2][:1]
+        script = next(self.folder.glob(f"job_{number}_*.slurm_script"), self.folder / "job_3_monotonic.slurm_script")
         arguments = [str(self.code) if word == "CODE" else word for word in self.arguments]
         return subprocess.Popen(
             ["bash", script, *arguments],
@@ -123,6 +124,15 @@ def test_exit_code_of_the_stage_is_that_of_the_job(code: int, slurm_job: Job) ->
     assert f"ends with code {code}\n" in said
     assert ("the stage ended with code" in said and "bash run_all.sh --resume" in said) is (code != 0)
     assert (slurm_job.folder / "where").read_text() == f"{slurm_job.root}\n"
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_task_of_an_array_that_shares_work_is_never_queued_again(code: int, slurm_job: Job) -> None:
+    slurm_job.name, slurm_job.job = "share_5_uat", f"exit {code}"
+    ended, said = slurm_job.run()
+    assert (ended, slurm_job.calls) == (code, ["share 5"])
+    assert ("what it left undone, the stage's own job does" in said) is (code != 0)
+    assert "--resume" not in said
 
 
 @pytest.mark.parametrize("code", [75, 1, 0])

@@ -22,11 +22,11 @@ from utils.data.tokens import PackedBatches, Tokens
 from utils.models.constraints import Constraint
 from utils.models.head import _rows
 from utils.run.errors import InputError, StoppedInTime
+from utils.run.launch import _free_port, place
 from utils.run.preemption import Stop
 from utils.training import distributed
 from utils.training.checkpoint import Checkpoints
-from utils.training.distributed import ALONE, World, joined, place
-from utils.training.launch import _free_port
+from utils.training.distributed import ALONE, World, joined
 from utils.training.loop import train
 from utils.training.metrics import read_metrics
 from utils.training.run import Run

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,13 @@ from transformers import PreTrainedModel
 
 from configs.schema import Experiment, HotFlip
 from tests.tiny_models import VOCABULARY, deaf_model, random_ids, random_model, slow_nll
-from utils.attacks.flip_records import LONGER, FlipAttacks, change_before_the_first_flip
+from utils.attacks import edits, scoring
+from utils.attacks.flip_records import LONGER, SEARCHES, FlipAttacks, change_before_the_first_flip
 from utils.attacks.round_trip import RoundTrip
 from utils.data.attack_texts import Alphabet
 from utils.data.tokenizer import train_tokenizer
 from utils.models.loading import load_model
-from utils.run.errors import StoppedInTime
-from utils.run.preemption import Stop
+from utils.run.records import grouped
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 PREFIX, SCORED, FLIPS = 8, 6, 3
@@ -35,8 +37,14 @@ def spec(**settings: Any) -> HotFlip:
     return HotFlip(**sizes | {"batch_size": 2, "random_draws": 3} | settings)
 
 
-def attacks(model: PreTrainedModel, state: Path, stop: Stop | None = None, name: str = "base", **settings: Any) -> FlipAttacks:
-    return FlipAttacks(model, name, ALPHABET, WORDS, spec(**settings), "fp32", state, stop or Stop())
+def attacks(model: PreTrainedModel, name: str = "base", **settings: Any) -> FlipAttacks:
+    return FlipAttacks(model, name, TEXTS, ALPHABET, WORDS, spec(**settings), "fp32")
+
+
+def searched(on: FlipAttacks, attack: str, folder: Path, texts: list[dict[str, Any]] = TEXTS, step: Any = lambda: None) -> list[Any]:
+    """Rows of all groups of texts."""
+    groups = [(folder / f"{on.name}.{attack}.{number}.json", group) for number, group in enumerate(grouped(texts, on.spec.batch_size))]
+    return [row for begun, group in groups for row in on.search(attack, group, begun, step)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +61,7 @@ def replayed(text: dict[str, Any], flips: list[dict[str, int]]) -> list[int]:
 
 def test_losses_are_those_of_the_plain_forward(model: PreTrainedModel, tmp_path: Path) -> None:
     """After every flip on the untouched tokens; over all tokens, flipped ones included, for the reference's criterion."""
-    rows = attacks(model, tmp_path).hotflip(TEXTS)
+    rows = searched(attacks(model), "hotflip", tmp_path)
     assert [row["text"] for row in rows] == [text["id"] for text in TEXTS]
     for row, text in zip(rows, TEXTS, strict=True):
         assert row["nll"] == pytest.approx([slow_nll(model, replayed(text, row["flips"][:k]), SCORED) for k in range(FLIPS + 1)], rel=1e-5)
@@ -66,19 +74,19 @@ def test_losses_are_those_of_the_plain_forward(model: PreTrainedModel, tmp_path:
 
 
 def test_other_attacks_have_what_makes_sense_for_them(model: PreTrainedModel, tmp_path: Path) -> None:
-    on = attacks(model, tmp_path)
-    query, longer, own = on.query_greedy(TEXTS), on.longer(TEXTS), on.hotflip(TEXTS)
+    on = attacks(model)
+    query, own = searched(on, "query_greedy", tmp_path), searched(on, "hotflip", tmp_path)
+    longer = searched(on, "longer", tmp_path, TEXTS[:2])
     assert {row["attack"] for row in query} == {"query_greedy"}
     assert all(row["backwards"] == 0 and not {"random_nll", "zero_gradient", "gradient"} & set(row) for row in query)
-    assert [row["text"] for row in longer] == ["attack-0", "attack-1"]
     assert all(row["evaluations"] >= LONGER * 6 * FLIPS for row in longer)
     assert np.mean([row["nll"][1] for row in longer]) >= np.mean([row["nll"][1] for row in own[:2]])
 
 
 def test_transferred_flips_are_replayed_as_ids(model: PreTrainedModel, tmp_path: Path) -> None:
     other = random_model(1)
-    rows = attacks(model, tmp_path).hotflip(TEXTS)
-    moved = attacks(other, tmp_path, name="other").transferred({"base": rows, "other": []}, TEXTS)["transfer:base"]
+    rows = searched(attacks(model), "hotflip", tmp_path)
+    moved = attacks(other, name="other").transferred("base", {row["text"]: row["flips"] for row in rows}, TEXTS)
     for row, source, text in zip(moved, rows, TEXTS, strict=True):
         assert (row["model"], row["attack"], row["text"]) == ("other", "transfer:base", text["id"])
         assert row["nll"] == pytest.approx([slow_nll(other, replayed(text, source["flips"][:k]), SCORED) for k in (0, FLIPS)], rel=1e-5)
@@ -86,20 +94,20 @@ def test_transferred_flips_are_replayed_as_ids(model: PreTrainedModel, tmp_path:
 
 
 def test_transfer_to_the_same_weights_is_the_attack(model: PreTrainedModel, tmp_path: Path) -> None:
-    rows = attacks(model, tmp_path).hotflip(TEXTS)
-    moved = attacks(model, tmp_path, name="twin").transferred({"base": rows, "twin": rows}, TEXTS)
-    assert list(moved) == ["transfer:base"]
-    for again, row in zip(moved["transfer:base"], rows, strict=True):
+    rows = searched(attacks(model), "hotflip", tmp_path)
+    moved = attacks(model, name="twin").transferred("base", {row["text"]: row["flips"] for row in rows}, TEXTS)
+    for again, row in zip(moved, rows, strict=True):
         assert again["nll"] == pytest.approx([row["nll"][0], row["nll"][-1]], rel=1e-5)
 
 
 def test_a_deaf_model_shows_exactly_nothing(model: PreTrainedModel, tmp_path: Path) -> None:
-    on = attacks(deaf_model(), tmp_path)
-    flips = attacks(model, tmp_path, name="other").hotflip(TEXTS)
-    for row in (*on.hotflip(TEXTS), *on.query_greedy(TEXTS), *on.longer(TEXTS), *on.transferred({"other": flips}, TEXTS)["transfer:other"]):
+    on = attacks(deaf_model())
+    flips = {row["text"]: row["flips"] for row in searched(attacks(model, name="other"), "hotflip", tmp_path)}
+    found = {attack: searched(on, attack, tmp_path) for attack in SEARCHES}
+    for row in (*chain(*found.values()), *on.transferred("other", flips, TEXTS)):
         assert set(row["nll"]) == {row["nll"][0]}
         assert row.get("stuck", True)
-    facts = on.hotflip(TEXTS)[0]
+    facts = found["hotflip"][0]
     assert (facts["zero_gradient"], facts["gradient"]) == (1.0, {"random_rank_correlation": None, "bf16_cosine": None})
 
 
@@ -119,52 +127,68 @@ def test_a_model_that_looks_ahead_leaks(tmp_path: Path) -> None:
         return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"] + kwargs["inputs_embeds"].mean(dim=1, keepdim=True)}
 
     model.base_model.register_forward_pre_hook(mix, with_kwargs=True)
-    assert max(row["leak"] for row in attacks(model, tmp_path).hotflip(TEXTS)) > 0.01
-
-
-class After(Stop):
-    """Asks to stop at the n-th look."""
-
-    def __init__(self, looks: int) -> None:
-        super().__init__()
-        self.looks = looks
-
-    def requested(self) -> bool:
-        self.looks -= 1
-        self.reason = None if self.looks else "signal SIGTERM"
-        return super().requested()
+    assert max(row["leak"] for row in searched(attacks(model), "hotflip", tmp_path)) > 0.01
 
 
 def contents(state: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(state.iterdir())}
 
 
-@pytest.mark.parametrize("kind", ["hotflip", "query_greedy"])
-def test_stopped_after_every_flip(model: PreTrainedModel, tmp_path: Path, kind: str) -> None:
-    """Rows and state equal those of the straight run, to the byte; no flip is searched twice."""
-    straight = getattr(attacks(model, tmp_path / "straight"), kind)(TEXTS)
+class Cut(Exception):
+    """What ends a process between two flips."""
+
+
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_cut_after_every_flip(model: PreTrainedModel, tmp_path: Path, kind: str) -> None:
+    """Rows and what is kept equal those of the straight run, to the byte; no flip is searched twice."""
+    for folder in ("straight", "cut"):
+        (tmp_path / folder).mkdir()
+    straight = searched(attacks(model), kind, tmp_path / "straight")
     starts = 0
     while True:
         starts += 1
-        on = attacks(model, tmp_path / "cut", After(2))
+        on, flips = attacks(model), iter(range(1))
+
+        def step(flips: Iterator[int] = flips) -> None:
+            if next(flips, None) is None:
+                raise Cut
+
         try:
-            assert getattr(on, kind)(TEXTS) == straight
+            assert searched(on, kind, tmp_path / "cut", step=step) == straight
             break
-        except StoppedInTime:
-            assert on.scorers["fp32"].backwards <= 2 * 4
-    assert starts > 3 * FLIPS
+        except Cut:
+            assert on.scorers["fp32"].backwards <= 2 * 2 * 4 + 4
+    assert starts > FLIPS
     assert contents(tmp_path / "cut") == contents(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("cut", [0, 1, 400, 0.3, 0.55, 0.99, 1.0])
-def test_killed_while_rows_were_written(model: PreTrainedModel, tmp_path: Path, cut: float) -> None:
-    """The file is cut anywhere, in the middle of a line or of a batch; what is done again is the same, byte for byte."""
-    straight = attacks(model, tmp_path).hotflip(TEXTS)
-    path = tmp_path / "base.hotflip.jsonl"
-    data = path.read_bytes()
-    path.write_bytes(data[: int(cut * len(data)) if isinstance(cut, float) else cut])
-    assert attacks(model, tmp_path).hotflip(TEXTS) == straight
-    assert path.read_bytes() == data
+def test_a_search_does_not_depend_on_what_its_model_did_before(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values that an earlier search has left behind are not looked at: other processes would not have them."""
+    for module in (edits, scoring):
+        monkeypatch.setattr(module, "LEAST_PREFIX", 1)
+    straight = attacks(model).search("query_greedy", TEXTS[:2], tmp_path / "begun.json", lambda: None)
+    (tmp_path / "begun.json").unlink()
+    on = attacks(model)
+    ids = on._ids(TEXTS[:2])
+    on.scorers["fp32"].gradient(ids, SCORED, slice(1, 1 + PREFIX))
+    seen, pairs = on.scorers["fp32"]._seen  # type: ignore[misc]
+    assert torch.equal(seen, ids)
+    for keys, values in pairs:
+        keys.zero_()
+        values.zero_()
+    assert on.search("query_greedy", TEXTS[:2], tmp_path / "begun.json", lambda: None) == straight
+
+
+def test_steps_are_flips_of_texts(model: PreTrainedModel, tmp_path: Path) -> None:
+    """A text that is given up has no more to make; a search among more candidates counts for as many."""
+    begun = tmp_path / "begun.json"
+    made: list[int] = []
+    for on, attack in ((attacks(model), "hotflip"), (attacks(model), "longer"), (attacks(deaf_model()), "hotflip")):
+        begun.unlink(missing_ok=True)
+        on.search(attack, TEXTS[:2], begun, lambda: made.append(json.loads(begun.read_text())["steps"]))
+    assert made == [2, 4, 6, 20, 40, 60, 6]
 
 
 def byte_texts(*texts: str) -> tuple[RoundTrip, list[dict[str, Any]]]:
@@ -180,8 +204,8 @@ def test_in_mode_text_every_flipped_text_can_be_typed(tmp_path: Path, mode: str,
     texts = [{**text, "ids": text["ids"][:14]} for text in texts]
     model = random_model(vocabulary=270)
     settings = spec(texts=2, candidates=10, mode=mode)
-    on = FlipAttacks(model, "base", Alphabet(0, 270, (0,)), words, settings, "fp32", tmp_path, Stop())
-    rows = getattr(on, kind)(texts)
+    on = FlipAttacks(model, "base", texts, Alphabet(0, 270, (0,)), words, settings, "fp32")
+    rows = on.search(kind, texts, tmp_path / "begun.json", lambda: None)
     for row, text in zip(rows, texts, strict=True):
         ids = replayed(text, row["flips"])[1:]
         comes_back = words.tokenizer.encode(words.tokenizer.decode(ids)).ids == ids

@@ -260,6 +260,8 @@ def test_a_seed_may_lack_stages(tiny: Experiment, inputs: Inputs) -> None:
     assert triggers.trigger_rise(partial, "monotonic", "monotonic").how.endswith("texts")
     assert robustness.rise(partial, "monotonic").how.endswith("and 2 seeds")
     assert "seed 44 has no setup" in summary_text(partial)
+    assert "PARTIAL REPORT: of 3 seeds 43, 44 are not complete (see Absent)." in summary_text(partial).splitlines()
+    assert "PARTIAL" not in summary_text(Study.load(tiny, inputs))
     assert final_results(partial)["experiment_info"]["absent"] == partial.absent
 
 

@@ -16,20 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs.schema import Compute, Experiment, Monotone, Training
+from configs.schema import Experiment, Monotone, Training
 from tests.tiny_models import random_model, write_tokens
 from utils.models.loading import save_model
+from utils.run import launch
 from utils.run.errors import InputError, StoppedInTime, WorkFailed
+from utils.run.launch import StopFile, of_several
 from utils.run.preemption import Stop
-from utils.training import launch, recovery, worker
-from utils.training.launch import StopFile
+from utils.training import recovery, worker
 from utils.training.recovery import Files, recover
-
-TWO = Compute(device="cpu", parallel="ddp", processes=2)
 
 
 def start(how: str, state: Path, stop: Stop | None = None) -> None:
-    launch.launch("tests.fake_process", [how, str(state)], TWO, state, stop or Stop())
+    launch.launch("tests.fake_process", [how, str(state)], 2, state, stop or Stop())
 
 
 def test_each_process_knows_its_place(tmp_path: Path) -> None:
@@ -43,6 +42,14 @@ def test_the_request_to_stop_reaches_all(tmp_path: Path) -> None:
     with pytest.raises(StoppedInTime, match="signal SIGUSR1"):
         start("0=wait,1=wait", tmp_path, stop)
     assert (tmp_path / "process_1.log").read_text().strip() == "signal SIGUSR1"
+
+
+def test_the_code_is_that_of_the_stages_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the folder that a job stands in: the checkout may have changed since the run was submitted."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/fake_process.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    start("0=0", tmp_path)
 
 
 def test_an_earlier_request_is_forgotten(tmp_path: Path) -> None:
@@ -66,18 +73,11 @@ def test_the_first_process_speaks_for_itself(tmp_path: Path, capfd: pytest.Captu
 def test_on_several_nodes_srun_starts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "16")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    ((command, environment),) = launch._commands(["python", "-m", "x"], Compute(parallel="fsdp2"))
+    ((command, environment),) = launch._commands(["python", "-m", "x"], 4)
     assert command[:5] == ["srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=4"]
     assert command[-3:] == ["python", "-m", "x"]
     assert environment["MASTER_ADDR"] == os.uname().nodename
     assert int(environment["MASTER_PORT"]) > 1023
-
-
-def test_without_gpus_there_is_nothing_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(InputError, match=r"compute.parallel=ddp: found no GPU.*or set compute.processes"):
-        launch._commands(["x"], Compute(parallel="ddp"))
 
 
 def test_processes_die_with_the_one_that_keeps_the_books(tmp_path: Path) -> None:
@@ -93,6 +93,16 @@ def test_processes_die_with_the_one_that_keeps_the_books(tmp_path: Path) -> None
         until(lambda: (tmp_path / "up").exists())
         keeper.kill()
     until(lambda: not alive(number))
+
+
+def test_one_whose_parent_died_before_it_could_listen_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "die_with_parent", lambda: None)
+    monkeypatch.setattr(launch.signal, "signal", lambda *arguments: None)
+    done: list[str] = []
+    for parent in (os.getpid(), os.getppid()):
+        monkeypatch.setenv("LAUNCHED_BY", str(parent))
+        done.append(str(of_several(lambda: done.append("work"))))
+    assert done == ["1", "work", "0"]
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -159,6 +169,14 @@ def test_processes_without_a_checkpoint_are_a_failure(together: tuple[Experiment
         recover(together[0], 3, 2e-2, None, together[1], Stop(), "train")
 
 
+def test_without_gpus_there_is_nothing_to_start(together: tuple[Experiment, Files], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config, files = together
+    compute = config.compute.model_copy(update={"processes": 0})
+    with pytest.raises(InputError, match=r"compute.parallel=ddp: found no GPU.*or set compute.processes"):
+        recover(config.model_copy(update={"compute": compute}), 3, 2e-2, None, files, Stop(), "train")
+
+
 @pytest.mark.parametrize(
     ("error", "code"), [(None, 0), (StoppedInTime("signal"), 75), (WorkFailed("lost"), 1), (InputError("wrong"), 2)], ids=str
 )
@@ -167,9 +185,9 @@ def test_a_worker_ends_as_a_stage_does(
 ) -> None:
     """One worker alone, in this process, up to the training."""
     config, files = together
-    monkeypatch.setattr(recovery, "launch", lambda module, arguments, *rest: codes.append(worker.main(*arguments)))
-    monkeypatch.setattr(worker.signal, "signal", lambda *arguments: None)
-    monkeypatch.setattr(worker, "die_with_parent", lambda: None)
+    monkeypatch.setattr(recovery, "launch", lambda module, arguments, *rest: codes.append(of_several(lambda: worker.main(*arguments))))
+    monkeypatch.setattr(launch.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(launch, "die_with_parent", lambda: None)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(launch._free_port()))

@@ -61,13 +61,29 @@ def test_deadline_leaves_a_margin_to_save_in(hours: float, margin: float, monkey
     begin, end = 1_000_000.0, 1_000_000.0 + 3600 * hours
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(end)))
     clock = [begin]
-    monkeypatch.setattr(preemption.time, "time", lambda: clock[0])
+    for name in ("time", "monotonic"):
+        monkeypatch.setattr(preemption.time, name, lambda: clock[0])
     stop = Stop()
     clock[0] = end - margin - 1
     assert not stop.requested()
     clock[0] = end - margin
     assert stop.requested()
     assert stop.reason == "the job's time limit is near"
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, -1.0, 0.0, 600.0])
+def test_deadline_holds_when_the_clock_of_the_day_is_set(jump: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set back, the time that has passed counts; set right by going forward, the end is nearer than was thought."""
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1003600")
+    passed, day = [0.0], [1_000_000.0]
+    monkeypatch.setattr(preemption.time, "time", lambda: day[0] + passed[0])
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: 50.0 + passed[0])
+    stop = Stop()
+    day[0] += jump
+    passed[0] = 3299.0 - max(0.0, jump)
+    assert not stop.requested()
+    passed[0] += 1
+    assert stop.requested()
 
 
 @pytest.mark.parametrize("end", ["", "Unknown", "-5"])

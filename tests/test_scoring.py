@@ -159,6 +159,24 @@ def test_memory_that_runs_out_makes_passes_smaller(scorer: Scorer, ids: Tensor, 
         scorer.nll(random_ids(1, 60), SCORED)
 
 
+@pytest.mark.parametrize("least_prefix", [3, 10**6])
+def test_memory_that_suffices_for_nothing_is_an_error_not_a_loop(
+    least_prefix: int, scorer: Scorer, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "LEAST_PREFIX", least_prefix)
+    tries = 0
+
+    def none(*given: object) -> Tensor:
+        nonlocal tries
+        tries += 1
+        assert tries < 1000, "it goes on for ever"
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(scorer, "_body", none)
+    with pytest.raises(torch.OutOfMemoryError):
+        scorer.edited_nll(ids, *some_edits(ids, 30, 1, SCORED, VOCABULARY), SCORED)
+
+
 def test_losses_in_bf16_are_near_and_in_fp32(model: PreTrainedModel, scorer: Scorer, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     rough = Scorer(model, "bf16")
     exact = scorer.nll(ids, SCORED)

@@ -193,7 +193,28 @@ def test_waiting_jobs_are_pointed_at_the_new_makers_of_their_inputs(root: Path, 
     new = {key: Queued(name, task, frozenset({task})) for key, name, task in [((1, 7), "30", 1), ((4, 7), "31", 1), ((1, 1337), "32", 2)]}
     jobs = client.queue()
     assert chain.repoint(jobs, chain.queued(jobs) | new, new) == ["17_1", "19"]
-    assert slurm.waits == {"17_1": "afterok:30_1", "19": "afterok:31_1:21_1"}
+    assert slurm.waits == {"17_1": "afterok:30_1", "19": "afterany:31_1:21_1"}
+
+
+def test_arrays_that_share_work_are_pointed_too_and_still_waited_for(root: Path, slurm: FakeSlurm) -> None:
+    chain = make_chain(root, THREE, "attack_workers.tasks=2")
+    code = str(chain.code)
+    for identifier, name, state in (
+        ("17_1", "share_5_uat", "PENDING"),
+        ("17_2", "share_5_uat", "PENDING"),
+        ("17_3", "share_5_uat", "RUNNING"),
+        ("17_9", "share_5_uat", "PENDING"),
+        ("18_0", "job_5_uat", "PENDING"),
+        ("18_1", "job_5_uat", "PENDING"),
+        ("19_1", "job_6_hotflip", "PENDING"),
+        ("21_2", "share_6_hotflip", "COMPLETED"),
+    ):
+        slurm.add(identifier, name, state, comment=code)
+    slurm.add("22_2", "share_6_hotflip", comment="/another/run/submission/code-1")
+    new = {(2, 7): Queued("30", 1, frozenset({1}))}
+    jobs = client.queue()
+    assert chain.repoint(jobs, chain.queued(jobs) | new, new) == ["17_2", "18_1", "19_1"]
+    assert slurm.waits == {"17_2": "afterok:30_1", "18_1": "afterok:30_1,afterany:17", "19_1": "afterok:30_1"}
 
 
 # --- the folders

@@ -13,6 +13,7 @@ from stages.__main__ import main
 from stages.pipeline import stages
 from tests.fake_slurm import FakeSlurm, finish, interrupt, make_chain, small_checkout
 from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError
+from utils.run.stage import Stage
 from utils.slurm import job, snapshot
 from utils.slurm.chain import Chain
 
@@ -83,6 +84,15 @@ def test_own_seeds_are_all_of_a_plain_job_and_one_of_a_task(root: Path, monkeypa
     as_task(1, monkeypatch, slurm)
     assert job.own_seeds(chain, TRAINING) == (7,)
     assert job.own_seeds(chain, stages()[7]) == (42, 7)
+
+
+def test_share_of_a_task(root: Path, monkeypatch: pytest.MonkeyPatch, slurm: FakeSlurm) -> None:
+    config = make_chain(root, TWO, "attack_workers.tasks=3").config
+    found = []
+    for task in range(6):
+        as_task(task, monkeypatch, slurm)
+        found.append(job.own_share(config))
+    assert found == [(42, (0, 3)), (42, (1, 3)), (42, (2, 3)), (7, (0, 3)), (7, (1, 3)), (7, (2, 3))]
 
 
 def test_task_that_no_seed_has_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch, slurm: FakeSlurm) -> None:
@@ -337,6 +347,26 @@ def test_command_job_does_the_stage_for_its_seeds(frozen: Chain, inside: FakeSlu
     assert main(["job", "2"]) == DONE
     assert not list((frozen.folder / "stopped").iterdir())
     assert asked == [("train_baseline", (42,), False)] * 2
+
+
+def test_command_share_does_a_share_and_sees_to_nothing_else(
+    frozen: Chain, monkeypatch: pytest.MonkeyPatch, slurm: FakeSlurm, capsys: Out
+) -> None:
+    asked = []
+
+    def run_stage(stage: Stage, config: object, seed: int, *others: object, task: object) -> int:
+        asked.append((stage.name, seed, task))
+        return STOPPED
+
+    monkeypatch.setattr(commands, "run_stage", run_stage)
+    calls = len(slurm.calls)
+    as_task(1, monkeypatch, slurm)
+    assert main(["share", "5"]) == REFUSED
+    assert "found array task 1, expected 0 to 0: attack_workers.tasks=1 a seed" in capsys.readouterr().err
+    as_task(0, monkeypatch, slurm)
+    assert main(["share", "5"]) == STOPPED
+    assert asked == [("uat", 42, (0, 1))]
+    assert len(slurm.calls) == calls
 
 
 def test_command_job_of_a_task_without_a_seed_is_refused(

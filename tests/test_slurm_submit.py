@@ -64,6 +64,41 @@ def test_several_seeds_are_arrays(slurm: FakeSlurm, capsys: Out) -> None:
     assert "  job 104: stage 4 evaluate, seeds 42,7, aftercorr:102,aftercorr:103\n" in capsys.readouterr().out
 
 
+def test_arrays_share_the_work_of_the_attacks(slurm: FakeSlurm, capsys: Out) -> None:
+    """They wait for what the stage waits for, and the stage's own job for their end, whatever it is."""
+    assert tiny("--set", "attack_workers.tasks=3") == DONE
+    assert {job: slurm.waits[job] for job in slurm.waits if int(job[:3]) > 104} == {
+        **dict.fromkeys(("105_0", "105_1", "105_2", "107_0", "107_1", "107_2"), "afterok:102:103"),
+        "106": "afterok:102:103,afterany:105",
+        "108": "afterok:102:103,afterany:107",
+        "109": "afterok:104:106:108",
+    }
+    assert [slurm.jobs[job].name for job in ("105_0", "106", "107_2", "108")] == [
+        "share_5_uat",
+        "job_5_uat",
+        "share_6_hotflip",
+        "job_6_hotflip",
+    ]
+    assert "  job 105: an array that shares the work of the next one\n  job 106: stage 5 uat" in capsys.readouterr().out
+    assert main(["submit", "--resume"]) == DONE
+    assert "0 complete, 8 queued or running" in capsys.readouterr().out
+
+
+def test_arrays_that_share_the_work_of_several_seeds(slurm: FakeSlurm) -> None:
+    """A seed's tasks stand together. They cannot wait for tasks of equal number, so they wait for whole arrays."""
+    assert tiny("--seeds", "42,7", "--set", "attack_workers.tasks=2") == DONE
+    assert {slurm.waits[f"105_{task}"] for task in range(4)} == {"afterok:102,afterok:103"}
+    assert {slurm.waits[f"106_{task}"] for task in range(2)} == {"aftercorr:102,aftercorr:103,afterany:105"}
+
+
+def test_dry_run_shows_the_arrays(slurm: FakeSlurm, capsys: Out) -> None:
+    assert tiny("--dry-run", "--set", "attack_workers.tasks=2") == DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and slurm.jobs == {}
+    assert "--job-name=share_5_uat" in lines[5] and "--array=0,1" in lines[5] and "--dependency=afterok:JOB2:JOB3" in lines[5]
+    assert "--dependency=afterok:JOB2:JOB3,afterany:SHARE5" in lines[6]
+
+
 def test_dry_run_prints_the_lines_and_leaves_no_trace(slurm: FakeSlurm, own_folders: Path, root: Path, capsys: Out) -> None:
     before = sorted(own_folders.rglob("*"))
     assert tiny("--dry-run") == DONE

@@ -15,12 +15,10 @@ from configs.schema import UAT, Experiment
 from tests.tiny_models import VOCABULARY, deaf_model, random_ids, random_model, slow_nll
 from utils.attacks.controls import random_trigger
 from utils.attacks.round_trip import RoundTrip
-from utils.attacks.trigger_records import common_triggers, find_trigger, own_triggers, report_rows
+from utils.attacks.trigger_records import TriggerAttacks, common_triggers, own_triggers
 from utils.data.attack_texts import Alphabet
 from utils.data.tokenizer import load_tokenizer, train_tokenizer
 from utils.models.loading import load_model
-from utils.run.errors import StoppedInTime
-from utils.run.preemption import Stop
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 TEXT, LENGTH = 6, 3
@@ -49,14 +47,19 @@ def texts(count: int, seed: int) -> list[dict[str, Any]]:
     return [{"id": f"attack-{number}", "subset": "prose", "ids": row} for number, row in enumerate(ids)]
 
 
-def reported(model: PreTrainedModel, triggers: dict[str, list[int]], path: Path) -> list[dict[str, Any]]:
-    return report_rows(model, "base", texts(5, 2), triggers, 0, path, lambda: None)
+def attacks(model: PreTrainedModel) -> TriggerAttacks:
+    sets = {"search": texts(4, 0), "select": texts(3, 1), "report": texts(5, 2)}
+    return TriggerAttacks(model, "base", sets, ALPHABET, WORDS, SPEC, "fp32")
 
 
-def test_report_scores_the_texts_own_tokens(model: PreTrainedModel, tmp_path: Path) -> None:
+def reported(model: PreTrainedModel, triggers: dict[str, list[int]]) -> list[dict[str, Any]]:
+    return [row for label, trigger in triggers.items() for row in attacks(model).report("report", label, trigger)]
+
+
+def test_report_scores_the_texts_own_tokens(model: PreTrainedModel) -> None:
     """Window and index set are the same with and without a trigger; its own tokens are only in `nll_with_trigger`."""
     trigger, held_out = [5, 6, 7], texts(5, 2)
-    report = reported(model, {"clean": [], "own": trigger}, tmp_path / "rows.jsonl")
+    report = reported(model, {"clean": [], "own": trigger})
     assert [(row["model"], row["trigger"], row["text"]) for row in report] == [
         ("base", kind, text["id"]) for kind in ("clean", "own") for text in held_out
     ]
@@ -66,42 +69,22 @@ def test_report_scores_the_texts_own_tokens(model: PreTrainedModel, tmp_path: Pa
         assert row["nll_with_trigger"] == pytest.approx(slow_nll(model, ids, len(ids) - 1), rel=1e-5)
 
 
-def test_an_unlikely_trigger_does_not_count_as_damage(tmp_path: Path) -> None:
+def test_an_unlikely_trigger_does_not_count_as_damage() -> None:
     """A deaf model finds some tokens unlikely; that shows in the reference's measure and not in ours."""
     model = deaf_model()
     losses = {token: slow_nll(model, [0, token], 1) for token in range(1, VOCABULARY)}
     rare = max(losses, key=losses.__getitem__)
-    report = reported(model, {"clean": [], "own": [rare] * LENGTH}, tmp_path / "rows.jsonl")
+    report = reported(model, {"clean": [], "own": [rare] * LENGTH})
     for before, after in zip(report[:5], report[5:], strict=True):
         assert before["nll"] == after["nll"]
         assert after["nll_with_trigger"] > before["nll_with_trigger"]
 
 
-@pytest.mark.parametrize("cut", [0, 0.4, 0.99])
-def test_report_goes_on_where_it_was_cut(model: PreTrainedModel, tmp_path: Path, cut: float) -> None:
-    path = tmp_path / "rows.jsonl"
-    triggers = {"clean": [], "one": [1, 2, 3], "two": [4, 5, 6]}
-    straight = reported(model, triggers, path)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(cut * len(data))])
-    assert reported(model, triggers, path) == straight
-    assert path.read_bytes() == data
-
-
-def test_search_stops_and_goes_on(model: PreTrainedModel, tmp_path: Path) -> None:
-    """A position at a time, with a request to stop after each; the end is that of the straight search."""
-    sets = {"search": texts(4, 0), "select": texts(3, 1)}
-
-    def find(path: Path, stop: Stop) -> dict[str, Any]:
-        return find_trigger(model, "base", sets, ALPHABET, WORDS, SPEC, "fp32", path, stop)
-
-    straight, stop = find(tmp_path / "straight.json", Stop()), Stop()
-    stop.reason = "signal SIGUSR1"
-    for _ in range(3 * 2 * LENGTH):
-        with pytest.raises(StoppedInTime, match="SIGUSR1"):
-            find(tmp_path / "cut.json", stop)
-    assert find(tmp_path / "cut.json", Stop()) == straight
-    assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "straight.json").read_bytes()
+def test_a_search_takes_its_own_sets_and_the_texts_of_the_report_none(model: PreTrainedModel, tmp_path: Path) -> None:
+    found = attacks(model).search(0, tmp_path / "state.json", lambda: None)
+    for kind, seed, count in (("search_nll", 0, 4), ("select_nll", 1, 3)):
+        losses = [slow_nll(model, [0, *found["trigger"], *text["ids"]], TEXT) for text in texts(count, seed)]
+        assert found[kind] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_triggers_have_the_names_of_what_they_are() -> None:

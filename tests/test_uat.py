@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from configs.schema import UAT
 from tests.tiny_models import VOCABULARY, Planted, blind_model, deaf_model, random_ids, random_model, slow_nll
+from utils.attacks import edits, scoring
 from utils.attacks.controls import random_trigger
 from utils.attacks.round_trip import RoundTrip
 from utils.attacks.scoring import Scorer, allowed_tokens
-from utils.attacks.uat import TriggerSearch, surviving_share, with_trigger
+from utils.attacks.uat import TriggerSearch, chosen, surviving_share, with_trigger
 from utils.data.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_sync")
@@ -47,9 +48,14 @@ def texts(count: int, seed: int) -> Tensor:
 
 
 def searched(model: PreTrainedModel, path: Path, search: Tensor | None = None, **settings: Any) -> dict[str, Any]:
-    """All restarts without interruption."""
+    """All restarts, each with a state of its own, without interruption."""
     engine = TriggerSearch(Scorer(model, "fp32"), spec(**settings), 0, ALLOWED)
-    return engine.run(texts(4, 0) if search is None else search, texts(3, 1) if search is None else search, path, lambda positions: None)
+    return every_restart(engine, texts(4, 0) if search is None else search, texts(3, 1) if search is None else search, path)
+
+
+def every_restart(engine: TriggerSearch, search: Tensor, select: Tensor, path: Path, step: Any = lambda: None) -> dict[str, Any]:
+    restarts = range(engine.spec.restarts + 1)
+    return chosen([engine.run(number, search, select, path.with_name(f"{path.stem}-{number}.json"), step) for number in restarts])
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +140,28 @@ def test_resumed_after_every_position(model: PreTrainedModel, tmp_path: Path) ->
     straight = searched(model, tmp_path / "straight.json")
     path = tmp_path / "state.json"
 
-    def stop(positions: int) -> None:
+    def stop() -> None:
         raise KeyboardInterrupt
 
     for _ in range(3 * 3 * LENGTH):
         engine = TriggerSearch(Scorer(model, "fp32"), spec(), 0, ALLOWED)
         with pytest.raises(KeyboardInterrupt):
-            engine.run(texts(4, 0), texts(3, 1), path, stop)
+            every_restart(engine, texts(4, 0), texts(3, 1), path, stop)
     assert searched(model, path) == straight
-    assert path.read_bytes() == (tmp_path / "straight.json").read_bytes()
+    for number in range(3):
+        assert (tmp_path / f"state-{number}.json").read_bytes() == (tmp_path / f"straight-{number}.json").read_bytes()
+
+
+def test_a_restart_does_not_depend_on_those_before_it(model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes may have done them."""
+    for module in (edits, scoring):
+        monkeypatch.setattr(module, "LEAST_PREFIX", 1)
+    straight = searched(model, tmp_path / "straight.json")
+    for number, expected in enumerate((*straight["restarts"], straight["query_greedy"])):
+        engine = TriggerSearch(Scorer(model, "fp32"), spec(), 0, ALLOWED)
+        engine.scorer._seen = "keys and values of another one", []  # type: ignore[assignment]
+        found = engine.run(number, texts(4, 0), texts(3, 1), tmp_path / f"{number}.json", lambda: None)
+        assert {kind: found[kind] for kind in expected} == expected
 
 
 def test_killed_before_the_state_was_written(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -151,15 +170,16 @@ def test_killed_before_the_state_was_written(model: PreTrainedModel, tmp_path: P
     engine = TriggerSearch(Scorer(model, "fp32"), spec(), 0, ALLOWED)
     path = tmp_path / "state.json"
 
-    def keep_old(positions: int) -> None:
+    def keep_old() -> None:
         (tmp_path / "old.json").write_bytes(path.read_bytes())
         raise KeyboardInterrupt
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            engine.run(texts(4, 0), texts(3, 1), path, keep_old)
+            engine.run(0, texts(4, 0), texts(3, 1), path, keep_old)
     path.write_bytes((tmp_path / "old.json").read_bytes())
-    assert searched(model, path) == straight
+    found = engine.run(0, texts(4, 0), texts(3, 1), path, lambda: None)
+    assert {kind: found[kind] for kind in straight["restarts"][0]} == straight["restarts"][0]
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -192,14 +212,14 @@ def test_a_race_ends_with_exact_losses_on_all_texts(model: PreTrainedModel, tmp_
     engine = TriggerSearch(Scorer(model, "fp32"), spec(beam=3), 0, ALLOWED)
     path = tmp_path / "state.json"
 
-    def look(positions: int) -> None:
+    def look() -> None:
         beam = json.loads(path.read_text())["beam"]
         for each in beam:
             assert each["objective"] == pytest.approx(slow_mean(model, each["trigger"], texts(4, 0)), rel=1e-5)
-        assert len({tuple(each["trigger"]) for each in beam}) == len(beam) in (0, 3)
+        assert len({tuple(each["trigger"]) for each in beam}) == len(beam) == 3
         assert [each["objective"] for each in beam] == sorted((each["objective"] for each in beam), reverse=True)
 
-    engine.run(texts(4, 0), texts(3, 1), path, look)
+    engine.run(0, texts(4, 0), texts(3, 1), path, look)
 
 
 def test_a_race_keeps_the_winner_that_every_text_agrees_on(tmp_path: Path) -> None:
@@ -228,7 +248,7 @@ def test_in_mode_text_every_trigger_can_be_typed(tmp_path: Path, mode: str) -> N
     words, batch = cat_texts()
     allowed = allowed_tokens(270, np.arange(1, 270), torch.device("cpu"))
     engine = TriggerSearch(Scorer(random_model(vocabulary=270), "fp32"), spec(mode=mode, restarts=3), 0, allowed, words)
-    found = engine.run(batch, batch, tmp_path / "state.json", lambda positions: None)
+    found = every_restart(engine, batch, batch, tmp_path / "state.json")
     shares = [surviving_share(words, each["trigger"], batch.tolist()) for each in (*found["restarts"], found["query_greedy"])]
     assert (min(shares) == 1.0) == (mode == "text")
     assert found["search_nll"] > found["by_sweep"][0]

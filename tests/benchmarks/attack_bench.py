@@ -21,7 +21,7 @@ from utils.attacks.scoring import Scorer
 from utils.data.tokenizer import END_OF_TEXT, train_tokenizer
 from utils.models.loading import load_model
 
-GOALS = {"A": 1.5, "B": 20.0, "B share": 0.5, "C": 3.0}
+GOALS = {"A": 1.5, "B": 20.0, "B share": 0.5, "C": 3.0, "D": 1.0}
 ROUNDS = 3
 SPREAD = 1.5  # of random weights, over the root of the width: large enough for tokens to matter
 
@@ -47,11 +47,12 @@ class Shape:
     flip_candidates: int
     long: int  # tokens of a text in the one-shot attack's own settings
     matmul: int
+    study: str  # preset
 
 
 SHAPES = {
-    "pythia-1.4b": Shape(24, 2048, 16, 50304, 256, 20, 64, 512, 256, 25, 10, 32, 128, 100, 8, 10, 64, 2048, 8192),
-    "tiny": Shape(2, 64, 2, 1024, 48, 6, 12, 32, 32, 3, 3, 6, 24, 10, 2, 2, 6, 96, 256),
+    "pythia-1.4b": Shape(24, 2048, 16, 50304, 256, 20, 64, 512, 256, 25, 10, 32, 128, 100, 8, 10, 64, 2048, 8192, "pythia-1.4b"),
+    "tiny": Shape(2, 64, 2, 1024, 48, 6, 12, 32, 32, 3, 3, 6, 24, 10, 2, 2, 6, 96, 256, "mini"),
 }
 
 

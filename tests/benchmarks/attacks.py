@@ -4,8 +4,8 @@
 Random weights unless --model names a folder of a GPT-NeoX model. Before any time is printed, engine and referee must agree on the very
 candidates that are timed. A: suffix search on one text against nanoGCG 0.3 (FOLDER has its wheels; left out without), which runs in
 fp16 as in its own example: in bf16 its losses, rounded to bf16, could not tell candidates apart. B: universal
-prefix trigger against the one-candidate-at-a-time loop. C: ten exact flips against one-shot flips. Exit code 1 if an exactness gate or
-a part fails, or on a GPU a goal is missed.
+prefix trigger against the one-candidate-at-a-time loop. C: ten exact flips against one-shot flips. D: hours of both stages at the
+study's size. Exit code 1 if an exactness gate or a part fails, or on a GPU a goal is missed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor
 from configs.schema import HotFlip
 from tests.benchmarks.attack_bench import GOALS, ROUNDS, SHAPES, Bench, matmul_rate, median, peak, seconds_of
 from tests.benchmarks.attack_rivals import NanoGCG, one_at_a_time, one_shot
+from tests.benchmarks.attack_study import part_d
 from tests.benchmarks.attack_suffix import SuffixSearch, part_a, suffix_task
 from utils.attacks import edits
 from utils.attacks.hotflip import FlipSearch, replay
@@ -324,7 +325,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a GPT-NeoX model of that shape, in place of random weights")
     parser.add_argument("--wheels", type=Path, help="folder of the wheels of nanoGCG 0.3.0 and of what it needs, for this Python")
     parser.add_argument("--compiled", action="store_true", help="measure part B with compiled blocks too; compilation takes minutes")
-    parser.add_argument("--only", choices=("A", "B", "C"), help="one part alone")
+    parser.add_argument("--only", choices=("A", "B", "C", "D"), help="one part alone")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -340,12 +341,17 @@ def main() -> None:
     }
     print(json.dumps(bench.found["setting"]), flush=True)
     task = suffix_task(bench)
-    wanted = [options.only] if options.only else ["A", "B", "C"]
+    wanted = [options.only] if options.only else ["A", "B", "C", "D"]
     agrees: list[bool] = []
     part(bench, "gate", lambda: agrees.append(gate(bench, task)), options.out)
     if agrees != [True]:
         raise SystemExit("no times: engine and referee do not agree")
-    acts = {"A": lambda: suffix_part(bench, options.wheels, task), "B": lambda: part_b(bench, options.compiled), "C": lambda: part_c(bench)}
+    acts = {
+        "A": lambda: suffix_part(bench, options.wheels, task),
+        "B": lambda: part_b(bench, options.compiled),
+        "C": lambda: part_c(bench),
+        "D": lambda: part_d(bench, "bf16"),
+    }
     for name in wanted:
         part(bench, name, acts[name], options.out)
     print(f"\n{time.perf_counter() - began:.0f} s in all", flush=True)

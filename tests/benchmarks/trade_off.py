@@ -29,24 +29,27 @@ from utils.attacks.flip_records import FlipAttacks
 from utils.attacks.matched import matched_controls
 from utils.attacks.referee import Referee
 from utils.attacks.round_trip import RoundTrip
-from utils.attacks.trigger_records import find_trigger, text_tensor
+from utils.attacks.trigger_records import TriggerAttacks, text_tensor
 from utils.attacks.uat import with_trigger
 from utils.data.attack_texts import Alphabet, read_attack_texts
 from utils.data.tokenizer import load_tokenizer
 from utils.data.tokens import Tokens
 from utils.evaluation.order import order_stored
-from utils.evaluation.perplexity import by_document, evaluate_model, windows
+from utils.evaluation.perplexity import by_document, score_windows
+from utils.evaluation.windows import windows
 from utils.models.convert import convert_stored
 from utils.models.loading import device_of, load_model
 from utils.run.artifacts import read_json, write_json
 from utils.run.folders import Folders
 from utils.run.preemption import Stop
+from utils.run.records import Row, grouped
 from utils.training.recovery import Files, recover
 
 SIGNED = ("monotone.parametrisation=annealed", "monotone.activation=clamped_gelu")
 PUBLISHED = ("monotone.parametrisation=softplus", "monotone.activation=keep", "monotone.recentre=false")
 SLOW, PLAIN, FAST = "lr=5e-5", "training.distillation=0", "lr=3e-3"
 UNCONSTRAINED = "unconstrained"
+FINALISTS = ("all-plus", "balanced", "256 directions")
 ARMS: dict[str, tuple[str, ...]] = {
     UNCONSTRAINED: (),
     "all-plus": (),
@@ -56,6 +59,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "published, ReLU": (PUBLISHED[0], PUBLISHED[2], SLOW, PLAIN),
     "published, projected": (*PUBLISHED[1:], SLOW, PLAIN),
     "published, distilling": (*PUBLISHED, SLOW),
+    "all-plus, clamped GELU": ("monotone.activation=clamped_gelu",),
+    "all-plus, annealed": SIGNED,
     "all-plus, least squares": ("monotone.start=least_squares",),
     "all-plus, layer-wise 10 %": ("monotone.layerwise_share=0.1",),
     "lift (control)": ("monotone.start=lift", "monotone.activation=clamped_gelu"),
@@ -63,6 +68,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "64 directions": ("monotone.order=directions", "monotone.directions=64", *SIGNED),
     "256 directions": ("monotone.order=directions", "monotone.directions=256", *SIGNED),
 }
+
+
+Flips = dict[str, list[float]]  # {text: [clean, attacked, relative rise as the reference counts it]}
 
 
 @dataclass(frozen=True)
@@ -100,10 +108,11 @@ def with_controls(tasks: Iterable[Task]) -> list[Task]:
     return list({task.stem: task for task in (*(task.control for task in wanted), *wanted)}.values())
 
 
-def plan(seeds: list[int], finalists: int, screen: int) -> list[Task]:
+def plan(seeds: list[int], finalists: int, screen: int, only: list[str]) -> list[Task]:
+    """Finalists a seed at a time, then what is screened; `only` names arms in place of those of each kind."""
     long, short = f"training.steps={finalists}", f"training.steps={screen}"
-    chosen = [Task(arm, seed, (long, FAST)) for arm in ("all-plus", "256 directions", "balanced") for seed in seeds if finalists]
-    screened = [Task(arm, seeds[0], (short,)) for arm in ARMS if screen and arm not in ("256 directions", "balanced")]
+    chosen = [Task(arm, seed, (long, FAST)) for seed in seeds for arm in only or FINALISTS if finalists]
+    screened = [Task(arm, seeds[0], (short,)) for arm in only or ARMS if screen]
     return [*with_controls(chosen), *with_controls(screened)]
 
 
@@ -137,7 +146,7 @@ class Bench:
             "seed": self.task.seed,
             "control": self.task.control.label,
             "documents": self._documents(model),
-            "flips": self._flips("best", model),
+            **self._attacked(model),
             "trigger": self._trigger(model),
             "history": {key: read_json(self.place / "history.json")[key] for key in ("skipped_steps", "best_step", "tokens_per_second")},
             **facts,
@@ -179,20 +188,30 @@ class Bench:
 
     def _documents(self, model: Any) -> dict[str, list[float]]:
         test, spec = Tokens(self.setup / "tokens/test"), self.config.evaluate
-        rows = evaluate_model(model, windows(test, spec), spec, self.config.compute.precision, self.place / "test.jsonl", self.stop, "test")
+        precision, path = self.config.compute.precision, self.place / "test.jsonl"
+        rows = score_windows(model, windows(test, spec), spec.batch_size, precision, path, self.stop, "test")
         return {str(row["document"]): [row["nll"], row["tokens"]] for row in by_document(test, rows)}
 
-    def _flips(self, name: str, model: Any) -> dict[str, list[float]]:
-        attack = FlipAttacks(model, name, *self._words(), self.config.hotflip, self.config.compute.precision, self.place, self.stop)
-        rows = attack.hotflip(self._texts()["hotflip"])
-        return {row["text"]: [row["nll"][0], row["nll"][-1], row["reference_attacked"] / row["reference_clean"] - 1] for row in rows}
+    def _attacked(self, model: Any) -> dict[str, Flips]:
+        """Flips on all texts, and with ten times the candidates on the first ones."""
+        return {"flips": self._flips("best", model), "longer": self._flips("best", model, "longer")}
+
+    def _flips(self, name: str, model: Any, attack: str = "hotflip") -> Flips:
+        texts, spec = self._texts()["hotflip"], self.config.hotflip
+        on = FlipAttacks(model, name, texts, *self._words(), spec, self.config.compute.precision)
+        groups = enumerate(grouped(texts[: spec.longer_texts] if attack == "longer" else texts, spec.batch_size))
+        begun = self.place / f"{name}.{attack}"
+        return by_text(
+            [row for number, group in groups for row in on.search(attack, group, Path(f"{begun}.{number}.json"), self.stop.check)]
+        )
 
     def _trigger(self, model: Any) -> dict[str, float]:
         """One search, its own for each seed; clean and attacked loss on the held-out texts."""
         spec = self.config.uat.model_copy(update={"seed": self.task.seed, "restarts": 1})
         (alphabet, words), sets = self._words(), self._texts()
         path, precision = self.place / "trigger.json", self.config.compute.precision
-        found = find_trigger(model, "best", sets, alphabet, words, spec, precision, path, self.stop)
+        attacks = TriggerAttacks(model, "best", sets, alphabet, words, spec, precision)
+        found = attacks.search(0, path, self.stop.check)
         referee, texts = Referee(model), text_tensor(sets["report"], model.device)
         triggers = {"clean": [], "attacked": found["trigger"]}
         ids = {kind: with_trigger(alphabet.end_of_text, trigger, texts) for kind, trigger in triggers.items()}
@@ -238,6 +257,10 @@ class Bench:
         return {"matched": facts} | {name: self._flips(name, load_model(folder, device)) for name, folder in folders.items()}
 
 
+def by_text(rows: list[Row]) -> Flips:
+    return {row["text"]: [row["nll"][0], row["nll"][-1], row["reference_attacked"] / row["reference_clean"] - 1] for row in rows}
+
+
 CERTIFICATE = ("constraint_holds", "ffn_monotone", "vacuous", "monotone_before_gain", "smallest_margin")
 
 
@@ -264,14 +287,12 @@ def main() -> None:
     parser.add_argument("--seeds", default="42,1337,2024")
     parser.add_argument("--finalists", type=int, default=0, help="steps; 0: none")
     parser.add_argument("--screen", type=int, default=0, help="steps; 0: none")
-    parser.add_argument("--only", action="append", default=[], help="arms, by name")
+    parser.add_argument("--only", action="append", default=[], choices=ARMS, help="arms")
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    tasks = plan([int(seed) for seed in options.seeds.split(",")], options.finalists, options.screen)
-    if options.only:
-        tasks = with_controls(task for task in tasks if task.arm in options.only and task.arm != UNCONSTRAINED)
+    tasks = plan([int(seed) for seed in options.seeds.split(",")], options.finalists, options.screen, options.only)
     if options.worker:
         work(options, tasks)
         return

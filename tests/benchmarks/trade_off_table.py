@@ -39,6 +39,7 @@ def _row(arm: str, seeds: dict[int, Result], by_arm: dict[str, dict[int, Result]
         row["ratio to its control"] = _written(_difference(paired).map(perplexity), 4)
         row["by seed"] = ", ".join(f"{perplexity(_difference({seed: pair}).value):.3f}" for seed, pair in paired.items())
     row["HotFlip rise"] = _written(_rise([_rises(found["flips"]) for found in seeds.values()]), 3)
+    row["of ten times the candidates'"] = _share([(found["flips"], found["longer"]) for found in seeds.values()])
     row["trigger rise"] = ", ".join(f"{found['trigger']['attacked'] - found['trigger']['clean']:.2f}" for found in seeds.values())
     met = [[relative > 0.15 for _, _, relative in found["flips"].values()] for found in seeds.values()]
     row["reference's criterion"] = f"{100 * np.mean(met):.0f} %"
@@ -75,6 +76,12 @@ def _rise(series: list[pd.Series]) -> Estimate:
 
 def _against(pairs: list[tuple[dict[str, list[float]], dict[str, list[float]]]]) -> str:
     return _written(_rise([_rises(mine) - _rises(other) for mine, other in pairs]), 3)
+
+
+def _share(pairs: list[tuple[dict[str, list[float]], dict[str, list[float]]]]) -> str:
+    """What the search found, as a share of what ten times its candidates find on the same texts, over all seeds."""
+    found = sum(_rises(mine)[list(longer)].sum() for mine, longer in pairs)
+    return f"{100 * found / sum(_rises(longer).sum() for _, longer in pairs):.1f} %"
 
 
 def _written(estimate: Estimate, digits: int) -> str:

@@ -158,8 +158,8 @@ def _states(folder: Path) -> list[Reader]:
     step = folder / "checkpoints" / "step_00000008"
     shutil.copytree(folder / "checkpoints", folder / "checkpoints kept")
     entry = cached(folder, "thing", {}, lambda target, state: (target / "a").write_text("a") and None, Stop()).parent
-    flips = asdict(Flips(["a"], [Attack([1.0, 2.0], [{"position": 1, "old": 2, "new": 3}])]))
-    search = asdict(SearchState(beam=[{"trigger": [1, 2], "objective": 1.0}], by_sweep=[1.0]))
+    flips = asdict(Flips(1, [Attack([1.0, 2.0], [{"position": 1, "old": 2, "new": 3}])]))
+    search = asdict(SearchState(0, beam=[{"trigger": [1, 2], "objective": 1.0}], by_sweep=[1.0]))
 
     def records(path: Path) -> None:
         list(Records(path).pending([rows[:2], rows[2:4], rows[4:]]))
@@ -183,7 +183,7 @@ def _states(folder: Path) -> list[Reader]:
         _of_file("checkpoint: state", "json", [(step / "state.json").read_bytes()], step / "state.json", checkpoints, 0.5),
         _of_file("cache: manifest", "json", [(entry / "manifest.json").read_bytes()], entry / "manifest.json", cache, 0.5),
         _of_file("flips under way", "json", [json.dumps(flips).encode()], folder / "flips.json", lambda path: read_json(path, Flips)),
-        _of_file("trigger search", "json", [json.dumps(search).encode()], folder / "uat.json", SearchState.stored),
+        _of_file("trigger search", "json", [json.dumps(search).encode()], folder / "uat.json", lambda path: SearchState.stored(path, 0)),
     ]
 
 

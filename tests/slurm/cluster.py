@@ -105,8 +105,11 @@ class Cluster:
         )
         self.start_controller()
         for node in self.nodes:
-            self._daemon("slurmd", "-N", node)
+            self.start_node(node)
         self.wait_for(lambda: set(self.call("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, 20, "nodes are not idle")
+
+    def start_node(self, node: str) -> None:
+        self._daemon("slurmd", "-N", node)
 
     def start_controller(self) -> None:
         self._daemon("slurmctld")
@@ -116,12 +119,16 @@ class Cluster:
 
     def crash(self, node: str) -> None:
         """The node is gone: its daemon, and everything that ran there."""
-        _end(self.folder / f"run/slurmd-{node}.pid", signal.SIGKILL)
+        self.kill_daemon(node)
         marks = {f"SLURM_CONF={self.conf}", f"SLURMD_NODENAME={node}"}
         there = [pid for pid, _ in _processes() if marks <= set(_environment_of(pid).split("\0"))]
         for pid in [*(_parent(pid) for pid in there if "slurmstepd" in _line(_parent(pid))), *there]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def kill_daemon(self, node: str) -> None:
+        """What runs there goes on."""
+        _end(self.folder / f"run/slurmd-{node}.pid", signal.SIGKILL)
 
     def hold(self, state: str = "DOWN") -> None:
         """No job starts any more."""

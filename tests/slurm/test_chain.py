@@ -66,7 +66,7 @@ def test_two_seeds_from_one_command(
     assert list(jobs) == list(range(8))
     assert f"  job {jobs[0]}: stage 0 setup, seeds {SEEDS}\n" in said
     assert f"stage 4 evaluate, seeds {SEEDS}, aftercorr:{jobs[2]},aftercorr:{jobs[3]}\n" in said
-    assert f"stage 7 aggregate, afterok:{jobs[4]}_0:{jobs[4]}_1:{jobs[5]}_0:{jobs[5]}_1:{jobs[6]}_0:{jobs[6]}_1\n" in said
+    assert f"stage 7 aggregate, afterany:{jobs[4]}_0:{jobs[4]}_1:{jobs[5]}_0:{jobs[5]}_1:{jobs[6]}_0:{jobs[6]}_1\n" in said
     assert "nothing to submit: 0 complete, 15 queued or running" in checkout.run_all(*command)
     edit(checkout)
     cluster.release()

@@ -5,8 +5,8 @@ B texts, T tokens of each with end-of-text, K flips.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,131 +25,92 @@ from utils.attacks.round_trip import RoundTrip
 from utils.attacks.scoring import Scorer, allowed_tokens
 from utils.data.attack_texts import Alphabet
 from utils.run.artifacts import read_json, write_json
-from utils.run.preemption import Stop
-from utils.run.progress import Progress
-from utils.run.records import Records, Row, grouped, read_rows
+from utils.run.records import Row
+from utils.run.units import Step
 
 LONGER = 10  # times the candidates, on some texts: what a larger budget would find
+SEARCHES = ("hotflip", "query_greedy", "longer")  # by gradient; random candidates, as many; by gradient with more candidates
 
 
 @dataclass
 class Stored:
-    """A group of texts under attack, after every flip."""
+    """A group of texts under attack, after so many steps of all that there are to make."""
 
-    texts: list[str] = field(default_factory=list)
-    attacks: list[Attack] = field(default_factory=list)
+    steps: int
+    attacks: list[Attack]
 
 
 class FlipAttacks:
-    """All attacks by flips on one model; texts are {id, subset, ids}. Rows and what is under way are kept in the folder `state`."""
+    """All attacks by flips on one model; texts are {id, subset, ids}. Each method does some of them, together."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         name: str,
+        texts: Sequence[Row],
         alphabet: Alphabet,
         round_trip: RoundTrip,
         spec: HotFlip,
         precision: str,
-        state: Path,
-        stop: Stop,
     ) -> None:
-        self.name, self.round_trip, self.spec, self.state, self.stop = name, round_trip, spec, state, stop
+        self.name, self.round_trip, self.spec = name, round_trip, spec
         self.model, self.precision, self.referee = model, precision, Referee(model)
         self.allowed = allowed_tokens(model.config.vocab_size, alphabet.writable(), model.device)
         self.end_of_text = alphabet.end_of_text
+        self.sample = {text["id"] for text in texts[: spec.longer_texts]}
 
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
         """By number format. Made when a search needs them: one in bf16 holds a copy of the model, and transferred flips need none."""
         return {precision: Scorer(self.model, precision) for precision in ("fp32", "bf16")}
 
-    def hotflip(self, texts: Sequence[Row]) -> list[Row]:
-        """Greedy flips by gradient, with the random control; on the first texts also what the gradient is worth."""
-        sample = {text["id"] for text in texts[: self.spec.longer_texts]}
+    def search(self, attack: str, group: Sequence[Row], begun: Path, step: Step) -> list[Row]:
+        """Rows of an attack of SEARCHES on a group of texts, which are attacked together. `begun` keeps what is under way; `step` is
+        called after every flip and may raise."""
+        for scorer in self.scorers.values():
+            scorer.forget()
+        spec = self.spec.model_copy(update={"candidates": size(attack) * self.spec.candidates})
+        scorer, gradient = self.scorers[self.precision], attack != "query_greedy"
+        search = FlipSearch(scorer, spec, self.allowed, gradient=gradient, round_trip=self.round_trip)
+        ids, whose = self._ids(group), self._whose(attack, group)
+        attacks = self._run(search, group, ids, begun, size(attack), step)
+        scored, kept = self._scored(group, ids, [each.flips for each in attacks]), self._kept(ids, attacks)
+        found = zip(whose, scored, attacks, kept, group, ids, strict=True)
+        return [
+            own | row | _work(each) | {"survives_retokenisation": good} | (self._further(text, clean) if attack == "hotflip" else {})
+            for own, row, each, good, text, clean in found
+        ]
 
-        def further(text: Row, ids: Tensor) -> Row:
-            row: Row = {"random_nll": random_control(self.referee, ids, text["id"], self.spec, self.allowed)}
-            if text["id"] in sample:
-                row["gradient"] = gradient_facts(self.scorers["fp32"], self.scorers["bf16"], ids, text["id"], self.spec, self.allowed)
-            return row
+    def transferred(self, source: str, flips: Mapping[str, list[dict[str, Any]]], group: Sequence[Row]) -> list[Row]:
+        """Rows of the flips {text: flips} that HotFlip found on the model `source`, as ids, on this one."""
+        scored = self._scored(group, self._ids(group), [flips[text["id"]] for text in group], curve=False)
+        return [whose | row for whose, row in zip(self._whose(f"transfer:{source}", group), scored, strict=True)]
 
-        return self._searched("hotflip", self.spec, True, texts, further)
+    def _ids(self, group: Sequence[Row]) -> Tensor:
+        """(B, T)"""
+        return torch.tensor([[self.end_of_text, *text["ids"]] for text in group], device=self.model.device)
 
-    def query_greedy(self, texts: Sequence[Row]) -> list[Row]:
-        """The same number of evaluations at every flip, of random substitutions."""
-        return self._searched("query_greedy", self.spec, False, texts)
+    def _whose(self, attack: str, group: Sequence[Row]) -> list[Row]:
+        return [{"model": self.name, "attack": attack, "text": text["id"], "subset": text["subset"]} for text in group]
 
-    def longer(self, texts: Sequence[Row]) -> list[Row]:
-        """HotFlip with ten times the candidates, on the first texts."""
-        spec = self.spec.model_copy(update={"candidates": LONGER * self.spec.candidates})
-        return self._searched("longer", spec, True, texts[: spec.longer_texts])
+    def _further(self, text: Row, ids: Tensor) -> Row:
+        """The random control; of a text of the sample also what the gradient is worth."""
+        row: Row = {"random_nll": random_control(self.referee, ids, text["id"], self.spec, self.allowed)}
+        if text["id"] in self.sample:
+            row["gradient"] = gradient_facts(self.scorers["fp32"], self.scorers["bf16"], ids, text["id"], self.spec, self.allowed)
+        return row
 
-    def transferred(self, found: Mapping[str, Sequence[Row]], texts: Sequence[Row]) -> dict[str, list[Row]]:
-        """{attack: rows} of the flips that HotFlip found on other models {name: rows}, as ids, on this one."""
-        others, rows = {source: own for source, own in found.items() if source != self.name}, {}
-        progress = Progress(f"flips of other models on {self.name}", len(others))
-        for source, own in others.items():
-            rows[f"transfer:{source}"] = self._transferred(source, {row["text"]: row["flips"] for row in own}, texts)
-            progress.advance()
-        progress.close()
-        return rows
-
-    def _transferred(self, source: str, flips: Mapping[str, list[dict[str, Any]]], texts: Sequence[Row]) -> list[Row]:
-        def work(group: Sequence[Row], ids: Tensor) -> list[Row]:
-            return self._scored(group, ids, [flips[text["id"]] for text in group], curve=False)
-
-        return self._recorded(f"transfer:{source}", texts, work)
-
-    def _searched(
-        self,
-        attack: str,
-        spec: HotFlip,
-        gradient: bool,
-        texts: Sequence[Row],
-        further: Callable[[Row, Tensor], Row] = lambda text, ids: {},
-    ) -> list[Row]:
-        search = FlipSearch(self.scorers[self.precision], spec, self.allowed, gradient=gradient, round_trip=self.round_trip)
-
-        def work(group: Sequence[Row], ids: Tensor) -> list[Row]:
-            attacks = self._run(search, group, ids, self.state / f"{self.name}.{attack}.json")
-            scored = self._scored(group, ids, [each.flips for each in attacks])
-            kept = self._kept(ids, attacks)
-            found = zip(scored, attacks, kept, group, ids, strict=True)
-            return [row | _work(each) | {"survives_retokenisation": good} | further(text, own) for row, each, good, text, own in found]
-
-        return self._recorded(attack, texts, work, shown=True)
-
-    def _run(self, search: FlipSearch, group: Sequence[Row], ids: Tensor, path: Path) -> list[Attack]:
+    def _run(self, search: FlipSearch, group: Sequence[Row], ids: Tensor, begun: Path, weight: int, step: Step) -> list[Attack]:
         """The attacks of a group of texts, stored after every flip."""
         names = [text["id"] for text in group]
-        stored = read_json(path, Stored) if path.exists() else Stored()
-        begun = stored.attacks if stored.texts == names else []
+        stored = read_json(begun, Stored).attacks if begun.exists() else []
 
         def after_flip(attacks: list[Attack]) -> None:
-            write_json(path, asdict(Stored(names, attacks)))
-            self.stop.check()
+            made = weight * sum(self.spec.flips if each.stuck else len(each.flips) for each in attacks)
+            write_json(begun, asdict(Stored(made, attacks)))
+            step()
 
-        return search.run(ids, names, begun, after_flip)
-
-    def _recorded(
-        self, attack: str, texts: Sequence[Row], work: Callable[[Sequence[Row], Tensor], list[Row]], shown: bool = False
-    ) -> list[Row]:
-        """Rows of all texts, a batch at a time, with resume, and with progress where it is shown."""
-        records = Records(self.state / f"{self.name}.{attack.replace(':', '.')}.jsonl")
-        groups = grouped(texts, self.spec.batch_size)
-        pending = list(records.pending(groups))
-        progress = Progress(f"{attack} on {self.name}", len(groups), len(groups) - len(pending)) if shown else None
-        for group in pending:
-            self.stop.check()
-            ids = torch.tensor([[self.end_of_text, *text["ids"]] for text in group], device=self.model.device)
-            whose = [{"model": self.name, "attack": attack, "text": text["id"], "subset": text["subset"]} for text in group]
-            records.append(own | found for own, found in zip(whose, work(group, ids), strict=True))
-            if progress:
-                progress.advance()
-        if progress:
-            progress.close()
-        return read_rows(records.path)
+        return search.run(ids, names, stored, after_flip)
 
     def _scored(self, group: Sequence[Row], ids: Tensor, flips: Sequence[list[dict[str, Any]]], curve: bool = True) -> list[Row]:
         """Losses after every flip, or of the clean and the final text alone, and over all tokens, flipped ones included, as the reference
@@ -173,6 +134,11 @@ class FlipAttacks:
         clean = ids[:, 1:].tolist()
         final = [replay(text, each.flips, 0)[-1, 1:].tolist() for text, each in zip(ids, attacks, strict=True)]
         return self.round_trip.kept(final, self.round_trip.reach(clean))
+
+
+def size(attack: str) -> int:
+    """Times the candidates of the configuration."""
+    return LONGER if attack == "longer" else 1
 
 
 def _work(attack: Attack) -> Row:

@@ -45,6 +45,10 @@ class Scorer:
         self.budget = Budget()
         self._seen: tuple[Tensor, Pairs] | None = None  # texts of the latest gradient and their keys and values
 
+    def forget(self) -> None:
+        """Drop the keys and values of the latest gradient, so that what comes does not depend on what was done before."""
+        self._seen = None
+
     @torch.no_grad()
     def nll(self, ids: Tensor, scored: int) -> Tensor:
         """ids (N, T) -> (N,) mean negative log-likelihood of the last `scored` tokens, nats per token, fp32."""
@@ -65,10 +69,11 @@ class Scorer:
         """
         count, length = ids.shape
         edits, start = Edits.of(ids, which, places, tokens, scored), 0
+        kept = bool(edits.first.any())  # without beginnings to keep, fewer texts at a time need no less memory
         while start < count:
-            size = self.budget.sequences(count - start, length) if edits.first.any() else count
+            size = self.budget.sequences(count - start, length) if kept else count
             run = partial(self._score_group, ids, edits, slice(start, start + size), scored)
-            if self.budget.attempt(run, size * length, size > 1):
+            if self.budget.attempt(run, size * length, kept and size > 1):
                 start += size
         works = edits.works(self.prices, length - 1, scored)
         self._charge(works, sum(works, Work()))

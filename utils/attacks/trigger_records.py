@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +16,53 @@ from utils.attacks.controls import neutral_trigger, random_trigger
 from utils.attacks.referee import Referee
 from utils.attacks.round_trip import RoundTrip
 from utils.attacks.scoring import Scorer, allowed_tokens
-from utils.attacks.uat import SearchState, TriggerSearch, with_trigger
+from utils.attacks.uat import TriggerSearch, with_trigger
 from utils.data.attack_texts import Alphabet
-from utils.run.preemption import Stop
-from utils.run.progress import Progress
-from utils.run.records import Records, Row, read_rows
-
-Triggers = Mapping[str, list[int]]
+from utils.run.records import Row
+from utils.run.units import Step
 
 
-def find_trigger(
-    model: PreTrainedModel,
-    name: str,
-    sets: dict[str, list[Row]],
-    alphabet: Alphabet,
-    round_trip: RoundTrip,
-    spec: UAT,
-    precision: str,
-    path: Path,
-    stop: Stop,
-) -> dict[str, Any]:
-    """Search the trigger of one model on the sets 'search' and 'select' of texts, with resume."""
-    scorer = Scorer(model, precision)
-    allowed = allowed_tokens(model.config.vocab_size, alphabet.writable(), scorer.device)
-    search = TriggerSearch(scorer, spec, alphabet.end_of_text, allowed, round_trip)
-    texts = {kind: text_tensor(sets[kind], scorer.device) for kind in ("search", "select")}
-    stored = SearchState.stored(path)
-    done = (stored.restart * spec.sweeps + stored.sweep) * spec.trigger_length + stored.position
-    progress = Progress(f"trigger search on {name}", (spec.restarts + 1) * spec.sweeps * spec.trigger_length, done)
+class TriggerAttacks:
+    """Searches of a trigger on one model, and its losses behind triggers; `sets` are texts {id, subset, ids} by purpose."""
 
-    def after_step(positions: int) -> None:
-        progress.advance(positions)
-        stop.check()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        sets: Mapping[str, Sequence[Row]],
+        alphabet: Alphabet,
+        round_trip: RoundTrip,
+        spec: UAT,
+        precision: str,
+    ) -> None:
+        self.model, self.name, self.sets, self.alphabet = model, name, sets, alphabet
+        self.round_trip, self.spec, self.precision, self.referee = round_trip, spec, precision, Referee(model)
 
-    found = search.run(texts["search"], texts["select"], path, after_step)
-    progress.close()
-    return found
+    @cached_property
+    def engine(self) -> TriggerSearch:
+        """Made when a search needs it: in bf16 it holds a copy of the model."""
+        scorer = Scorer(self.model, self.precision)
+        allowed = allowed_tokens(self.model.config.vocab_size, self.alphabet.writable(), scorer.device)
+        return TriggerSearch(scorer, self.spec, self.alphabet.end_of_text, allowed, self.round_trip)
+
+    def search(self, restart: int, begun: Path, step: Step) -> dict[str, Any]:
+        """One restart, as TriggerSearch.run says, on the sets 'search' and 'select'."""
+        search, select = (text_tensor(self.sets[kind], self.referee.device) for kind in ("search", "select"))
+        return self.engine.run(restart, search, select, begun, step)
+
+    def report(self, kind: str, label: str, trigger: Sequence[int]) -> list[Row]:
+        """Losses of every text of a set behind a trigger, which is empty for 'clean'.
+
+        `nll` scores the text's own tokens; `nll_with_trigger` the trigger's tokens too, as the reference does.
+        """
+        texts = self.sets[kind]
+        ids = with_trigger(self.alphabet.end_of_text, trigger, text_tensor(texts, self.referee.device))
+        losses = self.referee.token_nll(ids, ids.shape[1] - 1)
+        own, whole = losses[:, len(trigger) :].mean(dim=1).tolist(), losses.mean(dim=1).tolist()
+        return [
+            {"model": self.name, "trigger": label, "text": text["id"], "subset": text["subset"], "nll": nll, "nll_with_trigger": every}
+            for text, nll, every in zip(texts, own, whole, strict=True)
+        ]
 
 
 def text_tensor(texts: Sequence[Row], device: torch.device) -> Tensor:
@@ -70,24 +82,3 @@ def own_triggers(name: str, search: Mapping[str, Any]) -> dict[str, list[int]]:
     """Triggers that are reported on the model alone on which they were searched."""
     restarts = {f"restart_{number}:{name}": restart["trigger"] for number, restart in enumerate(search["restarts"])}
     return {**restarts, f"query_greedy:{name}": search["query_greedy"]["trigger"]}
-
-
-def report_rows(
-    model: PreTrainedModel, name: str, texts: Sequence[Row], triggers: Triggers, end_of_text: int, path: Path, check: Callable[[], None]
-) -> list[Row]:
-    """Losses of every text behind every trigger on one model, a trigger at a time, with resume; the empty trigger is 'clean'.
-
-    `nll` scores the text's own tokens; `nll_with_trigger` the trigger's tokens too, as the reference does. `check` may raise.
-    """
-    referee, records = Referee(model), Records(path)
-    ids = text_tensor(texts, referee.device)
-    for group in records.pending([[(kind, text) for text in texts] for kind in triggers]):
-        check()
-        trigger = triggers[group[0][0]]
-        losses = referee.token_nll(with_trigger(end_of_text, trigger, ids), len(trigger) + ids.shape[1])
-        own, whole = losses[:, len(trigger) :].mean(dim=1).tolist(), losses.mean(dim=1).tolist()
-        records.append(
-            {"model": name, "trigger": kind, "text": text["id"], "subset": text["subset"], "nll": nll, "nll_with_trigger": every}
-            for (kind, text), nll, every in zip(group, own, whole, strict=True)
-        )
-    return read_rows(path)

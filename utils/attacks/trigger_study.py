@@ -2,64 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Experiment
-from utils.attacks.matched import matched_controls
-from utils.attacks.round_trip import RoundTrip
-from utils.attacks.trigger_records import common_triggers, find_trigger, own_triggers, report_rows
+from transformers import PreTrainedModel
+
+from utils.attacks.study import Study
+from utils.attacks.trigger_records import TriggerAttacks, common_triggers, own_triggers
 from utils.attacks.trigger_results import table_of, trigger_results
-from utils.data.attack_texts import read_attack_texts
-from utils.data.tokenizer import load_tokenizer
-from utils.models.loading import device_of, load_model
-from utils.run.preemption import Stop
-from utils.run.records import Row, write_rows
+from utils.attacks.uat import chosen
+from utils.run.records import Row, grouped, write_rows
+from utils.run.units import Step, Unit
+
+TOGETHER = 4  # triggers of one unit of a report: small enough to be shared out evenly, and few files
 
 
-def attack_stored(
-    config: Experiment,
-    seed: int,
-    *,
-    models: dict[str, Path],
-    earlier_models: Path,
-    validation_tokens: Path,
-    texts: Path,
-    tokenizer: Path,
-    state: Path,
-    records: Path,
-    stop: Stop,
-) -> tuple[dict[str, Any], str]:
-    """Search a trigger on the models and on the controls of equal quality, then report every trigger on every one of them.
+class TriggerStudy(Study[TriggerAttacks]):
+    """A search is cut into its restarts, a report into a few triggers each."""
 
-    Writes all rows to `records`; returns uat_results.json and the text of learned_triggers.csv.
-    """
-    device, spec, precision = device_of(config.compute), config.uat, config.compute.precision
-    made, matched = matched_controls(
-        config, models=models, earlier_models=earlier_models, validation_tokens=validation_tokens, folder=state / "matched"
-    )
-    folders = models | made
-    sets, alphabet = read_attack_texts(texts)
-    words = RoundTrip(load_tokenizer(tokenizer))
-    found = {
-        name: find_trigger(load_model(folder, device), name, sets, alphabet, words, spec, precision, state / f"{name}.json", stop)
-        for name, folder in folders.items()
-    }
-    common = common_triggers(found, words, alphabet, spec)
-    rows: dict[str, list[Row]] = {"report": [], "select": []}
-    for name, folder in folders.items():
-        model, triggers = load_model(folder, device), common | own_triggers(name, found[name])
-        for kind, mine in rows.items():
-            mine += report_rows(model, name, sets[kind], triggers, alphabet.end_of_text, state / f"{name}.{kind}.jsonl", stop.check)
-    write_rows(records, rows["report"])
-    attack = {
-        "trigger_length": spec.trigger_length,
-        "num_iterations": spec.sweeps,
-        "num_restarts": spec.restarts,
-        "num_opt_samples": spec.search_texts,
-        "num_eval_samples": spec.report_texts,
-    }
-    results = trigger_results(rows["report"], rows["select"], found, sets["report"], words, spec)
-    return {"seed": seed, "attack_config": attack | spec.model_dump(mode="json"), "matched": matched, **results}, table_of(
-        results["results"]
-    )
+    def attacks(self, model: PreTrainedModel, name: str) -> TriggerAttacks:
+        return TriggerAttacks(model, name, self.sets, self.alphabet, self.words, self.config.uat, self.config.compute.precision)
+
+    def searches(self, name: str) -> list[Unit]:
+        return [self._search(name, restart) for restart in range(self.config.uat.restarts + 1)]
+
+    def _search(self, name: str, restart: int) -> Unit:
+        spec = self.config.uat
+
+        def work(begun: Path, step: Step) -> list[Row]:
+            return [self.on(name).search(restart, begun, step)]
+
+        kind = f"restart_{restart}" if restart < spec.restarts else "query_greedy"
+        return Unit(f"{name}.{kind}", "searches of triggers", name, spec.sweeps * spec.trigger_length, work)
+
+    def reports(self) -> list[Unit]:
+        """Every trigger on every model, on the sets 'report' and 'select'."""
+        return [unit for name in self.models for kind in ("report", "select") for unit in self._reports(name, kind)]
+
+    def _reports(self, name: str, kind: str) -> list[Unit]:
+        triggers = list((self.common | own_triggers(name, self.found[name])).items())
+
+        def unit(number: int, group: Sequence[tuple[str, list[int]]]) -> Unit:
+            def work(begun: Path, step: Step) -> list[Row]:
+                rows: list[Row] = []
+                for label, trigger in group:
+                    step()
+                    rows += self.on(name).report(kind, label, trigger)
+                return rows
+
+            return Unit(f"{name}.{kind}.{number}", "losses behind triggers", name, len(group), work)
+
+        return [unit(number, group) for number, group in enumerate(grouped(triggers, TOGETHER))]
+
+    @cached_property
+    def found(self) -> dict[str, dict[str, Any]]:
+        """What was searched, by model: the chosen restart and all of them."""
+        return {name: chosen(self.rows(self.searches(name))) for name in self.models}
+
+    @cached_property
+    def common(self) -> dict[str, list[int]]:
+        return common_triggers(self.found, self.words, self.alphabet, self.config.uat)
+
+    def results(self, seed: int, records: Path) -> tuple[dict[str, Any], str]:
+        """Write all rows to `records`; return uat_results.json and the text of learned_triggers.csv."""
+        spec = self.config.uat
+        rows = {kind: self.rows(unit for name in self.models for unit in self._reports(name, kind)) for kind in ("report", "select")}
+        write_rows(records, rows["report"])
+        attack = {
+            "trigger_length": spec.trigger_length,
+            "num_iterations": spec.sweeps,
+            "num_restarts": spec.restarts,
+            "num_opt_samples": spec.search_texts,
+            "num_eval_samples": spec.report_texts,
+        }
+        settings = attack | spec.model_dump(mode="json")
+        results = trigger_results(rows["report"], rows["select"], self.found, self.sets["report"], self.words, spec)
+        return {"seed": seed, "attack_config": settings, "matched": self.matched[1], **results}, table_of(results["results"])

@@ -29,14 +29,16 @@ from utils.run.artifacts import read_json, write_json
 
 DEEPER = 4  # times the candidates that are looked at for such as survive, in mode 'text'
 DRAWS = 1000  # random triggers that are looked at for one that survives
+WORK = ("forwards", "backwards", "evaluations", "flops")
 Beam = list[dict[str, Any]]  # {trigger, objective}, best first; the objective in nats per token of the search texts
 
 
 @dataclass
 class SearchState:
-    """Where a search is. Written after every position, so that a killed search goes on with the same next step."""
+    """Where a restart is. Written after every position, so that a killed search goes on with the same next step."""
 
-    restart: int = 0
+    restart: int
+    steps: int = 0  # positions that had their turn, over all sweeps
     sweep: int = 0
     position: int = 0
     beam: Beam = field(default_factory=list)
@@ -44,16 +46,16 @@ class SearchState:
     survival: float = 1.0  # share of the search texts in front of which the start survives decoding and encoding
     stale: int = 0  # sweeps without a gain, in a row
     improved: bool = False
-    finished: list[dict[str, Any]] = field(default_factory=list)
+    select_nll: float | None = None  # of the trigger that was found; None while the search goes on
     forwards: int = 0
     backwards: int = 0
     flops: int = 0
     evaluations: int = 0  # candidates raced
 
     @classmethod
-    def stored(cls, path: Path) -> SearchState:
+    def stored(cls, path: Path, restart: int) -> SearchState:
         """The state on disk, or a new search."""
-        return read_json(path, cls) if path.exists() else cls()
+        return read_json(path, cls) if path.exists() else cls(restart)
 
 
 def with_trigger(end_of_text: int, trigger: Sequence[int], texts: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def with_trigger(end_of_text: int, trigger: Sequence[int], texts: Tensor) -> Ten
 class TriggerSearch:
     """The search on one model; texts are {id, ids} of equal length.
 
-    After `spec.restarts` restarts by gradient comes one more without: from the first one's start, with random candidates, at the same
+    Beside `spec.restarts` restarts by gradient there is one more without: from the first one's start, with random candidates, at the same
     number of evaluations. Every restart makes all its sweeps, so that all searches cost the same; after a sweep without a gain the
     candidates next in rank have their turn.
     """
@@ -79,33 +81,30 @@ class TriggerSearch:
         """(M,) mean NLL of each text's own tokens behind the trigger, nats per token."""
         return self.scorer.nll(with_trigger(self.end_of_text, trigger, texts), texts.shape[1])
 
-    def run(self, search: Tensor, select: Tensor, path: Path, after_step: Callable[[int], None]) -> dict[str, Any]:
-        """All restarts; returns {trigger, search_nll, select_nll, restarts, query_greedy, ...} of the one that is best on `select`.
+    def run(self, restart: int, search: Tensor, select: Tensor, path: Path, after_step: Callable[[], None]) -> dict[str, Any]:
+        """One restart, from 0 on; number `spec.restarts` is the one without gradient. Returns {trigger, search_nll, select_nll, by_sweep}
+        and what it cost: {forwards, backwards, evaluations, flops}.
 
-        `path` keeps the state; `after_step(n)` is called after n more positions, when the state is on disk, and may raise.
+        `path` keeps the state; `after_step` is called after every position, when the state is on disk, and may raise.
         """
-        state = SearchState.stored(path)
-        while state.restart <= self.spec.restarts:
+        self.scorer.forget()
+        state = SearchState.stored(path, restart)
+        while state.select_nll is None:
             before = self.scorer.work
             if not state.beam:
                 self._start(state, search)
             self._improve(state, search)
             if self._advance(state):
-                best = state.beam[0]
-                select_nll = float(self.nll(best["trigger"], select).mean())
-                found = {"trigger": best["trigger"], "search_nll": best["objective"], "select_nll": select_nll, "by_sweep": state.by_sweep}
-                state.finished.append(found)
-                state.restart, state.sweep, state.stale, state.beam = state.restart + 1, 0, 0, []
+                state.select_nll = float(self.nll(state.beam[0]["trigger"], select).mean())
             spent = self.scorer.work - before
             state.forwards += spent.forwards
             state.backwards += spent.backwards
             state.flops += spent.flops
             write_json(path, asdict(state))
-            after_step(1)
-        *restarts, query_greedy = state.finished
-        best = max(restarts, key=lambda found: found["select_nll"])
-        work = {kind: getattr(state, kind) for kind in ("forwards", "backwards", "evaluations", "flops")}
-        return {**best, "restarts": restarts, "query_greedy": query_greedy, **work}
+            after_step()
+        best = state.beam[0]
+        found = {"trigger": best["trigger"], "search_nll": best["objective"], "select_nll": state.select_nll, "by_sweep": state.by_sweep}
+        return found | {kind: getattr(state, kind) for kind in WORK}
 
     def _start(self, state: SearchState, search: Tensor) -> None:
         """A random trigger, the same for every model; in mode 'text' one that always survives, or else the one that does most often."""
@@ -212,13 +211,20 @@ class TriggerSearch:
 
     def _advance(self, state: SearchState) -> bool:
         """Go to the next position; True when all sweeps of the restart are done."""
-        state.position += 1
+        state.position, state.steps = state.position + 1, state.steps + 1
         if state.position < self.spec.trigger_length:
             return False
         state.by_sweep.append(state.beam[0]["objective"])
         state.stale = 0 if state.improved else state.stale + 1
         state.sweep, state.position, state.improved = state.sweep + 1, 0, False
         return state.sweep >= self.spec.sweeps
+
+
+def chosen(searches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The restart that is best on the second set of texts, with {restarts, query_greedy} and what all of them cost together."""
+    *restarts, query_greedy = [{key: value for key, value in search.items() if key not in WORK} for search in searches]
+    best = max(restarts, key=lambda found: found["select_nll"])
+    return {**best, "restarts": restarts, "query_greedy": query_greedy} | {kind: sum(each[kind] for each in searches) for kind in WORK}
 
 
 def surviving_share(round_trip: RoundTrip, trigger: Sequence[int], texts: Sequence[Sequence[int]]) -> float:

@@ -51,8 +51,7 @@ def fetch_tokenizer(model: Model, cache: Path, stop: Stop, folder: Path) -> int:
     except Exception as error:  # whatever the library raises for a file that somebody else made
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({said}); "
-            "name a model that has one"
+            f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({said}); name a model that has one"
         ) from None
     if tokenizer.eos_token_id is None:
         raise InputError(

@@ -97,9 +97,9 @@ class Constraint:
         if order is None and spec.order != "all_plus":
             raise InputError(f"monotone.order={spec.order!r}: found no stored order, expected the one that stage 1 wrote; run stage 1")
         self.spec, self.model = spec, model
-        self.order = order or all_plus(model)
-        check_order(self.order, model, spec)
         self.sublayers = feed_forward(model)
+        self.order = (order or all_plus(model)).to(self.sublayers[0].out.weight.device)
+        check_order(self.order, model, spec)
         self.maps = constrained_weights(model, spec.scope)
         self.share, self.bounds = 0.0, {}
         if spec.parametrisation in PARAMETRISATIONS:

@@ -74,6 +74,10 @@ class Order:
         """u (..., d or k) >= 0 -> the vector (..., d) of the cone that it stands for."""
         return u @ self.axes.to(u).T if self.rotated else u * self.axes.to(u)
 
+    def to(self, device: torch.device) -> Order:
+        """The same order on a device, where its tensors are needed at every step."""
+        return Order(self.kind, self.axes.to(device), {name: signs.to(device) for name, signs in self.units.items()})
+
     @property
     def size(self) -> int:
         """Number of axes."""

@@ -116,13 +116,19 @@ class Study:
         return found
 
     @cached_property
+    def lacking(self) -> dict[int, list[str]]:
+        """{seed: artefacts that it lacks and another seed has}; a report of which this is not empty is partial."""
+        names = list(dict.fromkeys(name for paths in self.files.values() for name in paths))
+        found = {seed: [name for name in names if name not in paths] for seed, paths in self.files.items()}
+        return {seed: missing for seed, missing in found.items() if missing}
+
+    @cached_property
     def absent(self) -> list[str]:
         """What the report does without, in words."""
-        names = list(dict.fromkeys(name for paths in self.files.values() for name in paths))
-        lines = []
-        for seed, paths in self.files.items():
-            if missing := [name for name in names if name not in paths]:
-                lines.append(f"seed {seed} has no {', '.join(missing)}: its stage is not complete; the other seeds are reported")
+        lines = [
+            f"seed {seed} has no {', '.join(missing)}: its stage is not complete; the other seeds are reported"
+            for seed, missing in self.lacking.items()
+        ]
         lines += [f"control {name} ({words}): no attack records" for name, words in CONTROLS.items() if name not in self.attacked]
         for seed, results in self.stored("hotflip_results").items():
             reasons = {name: results.get("matched", {}).get(name) for name in CONTROLS}

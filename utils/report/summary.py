@@ -110,6 +110,8 @@ def head(study: Study) -> list[str]:
         lines.append(f"FALLBACK TEXT was used (data.fallback), as the configured text could not be had: {reason}")
     if raised := flags(study):
         lines.append(f"{len(raised)} flag(s), listed at the end: what the stages found suspicious about themselves.")
+    if study.lacking:
+        lines.append(f"PARTIAL REPORT: of {len(study.files)} seeds {', '.join(map(str, study.lacking))} are not complete (see Absent).")
     if study.absent:
         lines += ["Absent:", *(f"  {line}" for line in study.absent)]
     return lines

@@ -31,8 +31,12 @@ class Stop:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        end = job_end()
-        self.deadline = None if end is None else end - min(MARGIN, max(0.0, (end - time.time()) / 4))
+        self.deadline: float | None = None
+        if (end := job_end()) is not None:
+            clock = time.time()
+            left = end - clock
+            left -= min(MARGIN, max(0.0, left / 4))
+            self.deadline, self._until = clock + left, time.monotonic() + left  # the clock of the day may be set back meanwhile
 
     def listen(self) -> None:
         """Let SIGUSR1, SIGTERM and Ctrl-C set the flag; a second Ctrl-C ends the process at once."""
@@ -45,7 +49,7 @@ class Stop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def requested(self) -> bool:
-        if self.reason is None and self.deadline is not None and time.time() >= self.deadline:
+        if self.reason is None and self.deadline is not None and (time.time() >= self.deadline or time.monotonic() >= self._until):
             self.reason = "the job's time limit is near"
         return self.reason is not None
 

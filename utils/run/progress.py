@@ -85,6 +85,14 @@ class Progress:
             self.spoken = time.monotonic()
             print(f"  {self.label}: {self.done}/{self.total}{self._left()}{self._limit()}{'  ' + note if note else ''}", flush=True)
 
+    def reach(self, done: int, total: int, note: str = "") -> None:
+        """Other processes advance too, and there may be more to do than was known."""
+        self.total = total
+        if self.bar is not None:
+            self.bar.total = total
+        if done > self.done:
+            self.advance(done - self.done, note)
+
     def _facts(self) -> dict[str, Any]:
         """Units done, units a second of this start, seconds left, tokens a second where a unit is a number of tokens."""
         gained, seconds = self.done - self.start_at, time.monotonic() - self.began

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import getitem
@@ -21,11 +21,9 @@ from utils.run.folders import Folders
 from utils.run.lock import locked
 from utils.run.preemption import Stop
 from utils.run.progress import Report, duration
+from utils.run.trouble import explained
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE}
-NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
-DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
+Task = tuple[int, int]  # (number, how many): one of several jobs that share a stage's work
 
 
 class MissingInput(InputError):
@@ -35,6 +33,8 @@ class MissingInput(InputError):
 @dataclass(frozen=True)
 class Stage:
     """A stage as a value.
+
+    `share` does a part of the work (of the task so and so among so many), together with others, and leaves it in the state.
 
     `reads` names artefacts; `writes` maps an artefact's name to its path below the stage's folder; `config_keys` are the
     sections (or `section.key`) of the configuration on which the outputs depend, apart from the inputs.
@@ -49,6 +49,7 @@ class Stage:
     run: Callable[[Context], None]
     version: int = 1
     every_seed: bool = True
+    share: Callable[[Context, Task], None] | None = None
 
     @property
     def label(self) -> str:
@@ -90,19 +91,24 @@ def producer(pipeline: Sequence[Stage], artefact: str) -> Stage:
     return stage
 
 
-def run_stage(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[Stage], stop: Stop, discard: bool = False) -> int:
-    """Run one stage, or find that there is nothing to do. Returns an exit code and prints every message a user needs."""
+def run_stage(
+    stage: Stage, config: Experiment, seed: int, pipeline: Sequence[Stage], stop: Stop, discard: bool = False, task: Task | None = None
+) -> int:
+    """Run one stage, or find that there is nothing to do. Returns an exit code and prints every message a user needs.
+
+    As a `task` it does its share, beside others, and the stage is not complete afterwards.
+    """
     where = f"stage {stage.number} {stage.name}" + (f", seed {seed}" if stage.every_seed else "")
     folder: Path | None = None
     try:
         folders = Folders.of(config.paths, config.run_name)
         folder = stage.folder(folders, seed)
-        with locked(folder, queue=stop if restarted() else None):
+        with locked(folder, queue=stop if restarted() else None, shared=task is not None):
             inputs, identity = _gather(stage, config, seed, pipeline, folders)
             context = Context(config, folders, seed, folder, stage.writes, inputs, stop, identity)
             reason = _unusable(stage, context)
             if reason is None:
-                return _work(stage, context, where)
+                return _share(stage, context, where, pipeline, task) if task else _work(stage, context, where, pipeline)
             if _outdated_summary(stage, context):
                 print(f"[{where}] the inputs changed; the earlier results are kept in {set_aside(folder)}")
             elif discard:
@@ -112,7 +118,7 @@ def run_stage(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[St
         with locked(folder):  # once more: the lock went away with the old folder
             if reason := _unusable(stage, context):
                 raise InputError(reason)
-            return _work(stage, context, where)
+            return _work(stage, context, where, pipeline)
     except InputError as error:
         print(f"[{where}] refused: {error}", file=sys.stderr)
         return REFUSED
@@ -122,19 +128,14 @@ def run_stage(stage: Stage, config: Experiment, seed: int, pipeline: Sequence[St
     except WorkFailed as error:
         print(f"[{where}] failed: {error}", file=sys.stderr)
         return FAILED
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+    except Exception as error:
+        if (words := explained(error, folder)) is None:
             raise
-        named = error.filename or folder
-        print(
-            f"[{where}] cannot write or read {named}: {error.strerror or error}. What is complete is kept: "
-            f"make room or give access, or choose other folders (paths.work, paths.results, paths.cache), then run again.",
-            file=sys.stderr,
-        )
+        print(f"[{where}] {words}", file=sys.stderr)
         return FAILED
 
 
-def _work(stage: Stage, context: Context, where: str) -> int:
+def _work(stage: Stage, context: Context, where: str, pipeline: Sequence[Stage]) -> int:
     """Do the stage's work in a locked folder that holds this work or none, unless it is complete."""
     folder = context.folder
     if manifest.completed(folder):
@@ -147,13 +148,54 @@ def _work(stage: Stage, context: Context, where: str) -> int:
     notes = manifest.begin(folder, context.identity)
     _warn_of_changed_code(notes)
     sweep_temporaries(folder)
-    with Report.into(context.state / "progress.json", context.stop.deadline):
+    with Report.into(context.state / "progress.json", context.stop.deadline), _on_steady_inputs(stage, context, pipeline):
         stage.run(context)
     seconds = time.monotonic() - began
     manifest.complete(folder, notes, stage.writes, seconds)
     remove(context.state)
     print(f"[{where}] done in {duration(seconds)}: {folder}", flush=True)
     return DONE
+
+
+def _share(stage: Stage, context: Context, where: str, pipeline: Sequence[Stage], task: Task) -> int:
+    """Do a task's share, in a folder that only others like it use meanwhile."""
+    assert stage.share is not None
+    if manifest.completed(context.folder):
+        print(f"[{where}] already complete: {context.folder}")
+        return DONE
+    print(f"[{where}] task {task[0] + 1} of {task[1]}: {stage.purpose}", flush=True)
+    with locked(context.folder / "starts", queue=context.stop):
+        manifest.begin(context.folder, context.identity)
+    with Report.into(context.state / "progress.json", context.stop.deadline), _on_steady_inputs(stage, context, pipeline):
+        stage.share(context, task)
+    print(f"[{where}] task {task[0] + 1} of {task[1]} found nothing more to take", flush=True)
+    return DONE
+
+
+@contextmanager
+def _on_steady_inputs(stage: Stage, context: Context, pipeline: Sequence[Stage]) -> Iterator[None]:
+    """Raise WorkFailed if an input was made again during the block: its results would be of the one and the other."""
+    try:
+        yield
+    except StoppedInTime:
+        raise
+    except Exception as error:
+        if reason := _made_again(stage, context, pipeline):
+            raise WorkFailed(reason) from error
+        raise
+    if reason := _made_again(stage, context, pipeline):
+        raise WorkFailed(reason)
+
+
+def _made_again(stage: Stage, context: Context, pipeline: Sequence[Stage]) -> str | None:
+    """The input that is not what this stage began with, in words; None if all are. Reads manifests alone."""
+    for seed, paths in context.inputs.items():
+        for name in paths:
+            origin = producer(pipeline, name).folder(context.folders, seed)
+            done = manifest.completed(origin)
+            if done is None or manifest.digest_of(done, name) != context.identity["inputs"][_input_key(stage, name, seed)]:
+                return f"the input {name!r} in {origin} was made again meanwhile; when that is complete, run this stage again"
+    return None
 
 
 def _gather(
@@ -311,7 +353,7 @@ def set_aside(folder: Path) -> Path:
         path for count in range(1000) if not (path := folder.with_name(f"{folder.name}.{stamp}{f'-{count}' if count else ''}")).exists()
     )
     folder.rename(target)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # another process may have come meanwhile; who may work there, the lock decides
     return target
 
 

@@ -49,7 +49,9 @@ def rows(pipeline: Sequence[Stage], config: Experiment) -> list[Row]:
             row = Row(stage, seed)
             try:
                 _read(row, stage.folder(folders, seed or 0))
-            except (InputError, OSError) as error:
+                if row.state == "complete" and seed is None and _partial(stage, config, folders):
+                    row.state = "partial"
+            except (InputError, OSError, KeyError, TypeError) as error:
                 row.state, row.progress = "damaged", str(error)
             found.append(row)
     return found
@@ -67,6 +69,12 @@ def _read(row: Row, folder: Path) -> None:
             row.speed = f"{facts['tokens_per_second']:,.0f}" if facts["tokens_per_second"] else ""
             row.left = duration(facts["seconds_left"]) if facts["seconds_left"] else ""
             row.in_job = _in_job(facts.get("deadline"), facts.get("fits"))
+
+
+def _partial(stage: Stage, config: Experiment, folders: Folders) -> bool:
+    """Whether a summary was made while some seeds lacked something."""
+    done = manifest.completed(stage.folder(folders, 0))
+    return done is not None and len(done["identity"]["inputs"]) < len(stage.reads) * len(config.seeds)
 
 
 def _in_job(deadline: float | None, fits: bool | None) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from utils.slurm.client import Job
 from utils.slurm.plan import Key, Queued, Submission, dependency, inputs
 
 JOB_NAME = re.compile(r"job_([0-7])_\w+")
+SHARE_NAME = re.compile(r"share_([0-7])_\w+")
 
 
 class Submitted(TypedDict):
@@ -85,10 +86,35 @@ class Chain:
             options.append(f"--dependency={submission.dependency}")
         return [*options, *self.options(submission.stage), str(self.code / script), str(self.code), str(restarts)]
 
+    def behind_sharing(self, submission: Submission, submit: Callable[[list[str]], str]) -> Submission:
+        """The submission, made to wait for the end of an array that shares its work, if there is to be one; `submit` calls sbatch."""
+        if submission.stage.share is None or self.config.attack_workers.tasks == 1:
+            return submission
+        waits = [submission.dependency] if submission.dependency else []
+        return replace(submission, dependency=",".join([*waits, f"afterany:{submit(self.sharing(submission))}"]))
+
+    def sharing(self, submission: Submission) -> list[str]:
+        """Arguments of sbatch for the array that shares a stage's work."""
+        tasks, stage = self.config.attack_workers.tasks, submission.stage
+        script, name = self.script(stage), f"share_{stage.number}_{stage.name}"
+        numbers = [self.config.seeds.index(seed) * tasks + task for seed in submission.seeds for task in range(tasks)]
+        options = [f"--job-name={name}", f"--comment={self.code}", "--kill-on-invalid-dep=yes", f"--array={','.join(map(str, numbers))}"]
+        options.append(f"--output=logs/{name}_%A_%a.out")
+        if submission.dependency:  # other tasks than those of the array that it waits for
+            options.append(f"--dependency={submission.dependency.replace('aftercorr:', 'afterok:')}")
+        return [*options, *self.options(stage), str(self.code / script), str(self.code)]
+
     def submit(self, submission: Submission, by: str, restarts: int = 0) -> str:
-        """Call sbatch and note the job. Raises SlurmError."""
+        """Call sbatch and note the job; of a new job also for the array that shares its work. Raises SlurmError."""
+        if restarts == 0:
+            submission = self.behind_sharing(submission, self._submit_sharing)
         job = client.submit(self.command(submission, restarts), cwd=str(self.root))
         self.note(submission.stage, job, submission.seeds, submission.tasks, by)
+        return job
+
+    def _submit_sharing(self, arguments: list[str]) -> str:
+        job = client.submit(arguments, cwd=str(self.root))
+        print(f"  job {job}: an array that shares the work of the next one", flush=True)
         return job
 
     # --- the record
@@ -118,6 +144,15 @@ class Chain:
             if JOB_NAME.fullmatch(job.name)
             and (Path(job.comment).parent == self.folder or (job.comment in ("", "(null)") and job.folder == by_hand))
         ]
+
+    def shares(self, jobs: Iterable[Job]) -> list[tuple[Job, Key]]:
+        """Tasks of arrays that share a stage's work, and whose."""
+        found, tasks, seeds = [], self.config.attack_workers.tasks, self.config.seeds
+        for job in jobs:
+            named = SHARE_NAME.fullmatch(job.name)
+            if named and Path(job.comment).parent == self.folder and job.task is not None and job.task // tasks < len(seeds):
+                found.append((job, (int(named[1]), seeds[job.task // tasks])))
+        return found
 
     def keys(self, job: Job) -> list[Key]:
         """(stage, seed) pairs that a job of this run does."""
@@ -152,13 +187,16 @@ class Chain:
 
     def repoint(self, jobs: Iterable[Job], queued: Mapping[Key, Queued], moved: Iterable[Key]) -> list[str]:
         """Let the waiting jobs whose inputs are now made by other jobs (`moved`) wait for those. Returns their ids."""
-        changed, moved = [], set(moved)
-        for job in self.own(jobs):
-            keys = self.keys(job)
+        jobs, changed, moved = list(jobs), [], set(moved)
+        shares = [(job, key) for job, key in self.shares(jobs) if job.live]
+        for job, keys in [*((job, [key]) for job, key in shares), *((job, self.keys(job)) for job in self.own(jobs))]:
             needed = {(parent, seed) for number, seed in keys for parent in self.waits_for[number]}
             if job.live and job.state == "PENDING" and needed & moved:
-                parents = self.waits_for[keys[0][0]]
-                client.update(job.id, Dependency=dependency(parents, [seed for _, seed in keys], queued))
+                stage = self.pipeline[keys[0][0]]
+                waits = [dependency(stage, self.waits_for[stage.number], [seed for _, seed in keys], queued)]
+                if arrays := {each.array for each, key in shares if key in keys and each.array != job.array}:
+                    waits.append("afterany:" + ":".join(sorted(arrays)))
+                client.update(job.id, Dependency=",".join(filter(None, waits)))
                 changed.append(job.id)
         return changed
 

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from configs.schema import Experiment
 from utils.run.artifacts import read_json, remove, write_json
 from utils.run.environment import number
 from utils.run.errors import FAILED, STOPPED, InputError
 from utils.run.preemption import job_end
 from utils.run.progress import duration
-from utils.run.stage import Stage
+from utils.run.stage import Stage, Task
 from utils.slurm import client
 from utils.slurm.chain import Chain
 from utils.slurm.client import SlurmError
@@ -46,6 +47,15 @@ def own_seeds(chain: Chain, stage: Stage) -> tuple[int, ...]:
     if tasks[0] >= len(seeds):
         raise InputError(f"found array task {tasks[0]}, expected 0 to {len(seeds) - 1}: the run's seeds are {', '.join(map(str, seeds))}")
     return (seeds[tasks[0]],)
+
+
+def own_share(config: Experiment) -> tuple[int, Task]:
+    """(seed, task) of this task of an array that shares a stage's work: the tasks of the first seed come first. Raises InputError for a
+    number that is none of them."""
+    number, tasks = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")), config.attack_workers.tasks
+    if number >= tasks * len(config.seeds):
+        raise InputError(f"found array task {number}, expected 0 to {tasks * len(config.seeds) - 1}: attack_workers.tasks={tasks} a seed")
+    return config.seeds[number // tasks], (number % tasks, tasks)
 
 
 def arrive(chain: Chain, stage: Stage, seeds: Sequence[int]) -> None:

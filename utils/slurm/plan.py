@@ -74,12 +74,12 @@ def _submissions(
 ) -> list[Submission]:
     """One array for all missing seeds where its tasks can wait for tasks of equal number; otherwise one job a seed."""
     if not stage.every_seed or len(seeds) == 1:
-        return [Submission(stage, seeds, (), dependency(parents, seeds, queued))]
+        return [Submission(stage, seeds, (), dependency(stage, parents, seeds, queued))]
     tasks = tuple(seeds.index(seed) for seed in missing)
     arrays = [_array(parent, missing, tasks, queued) for parent in parents]
     if None not in arrays:
         return [Submission(stage, missing, tasks, ",".join(f"aftercorr:{job}" for job in arrays if job))]
-    return [Submission(stage, (seed,), (seeds.index(seed),), dependency(parents, (seed,), queued)) for seed in missing]
+    return [Submission(stage, (seed,), (seeds.index(seed),), dependency(stage, parents, (seed,), queued)) for seed in missing]
 
 
 def _array(parent: int, missing: Sequence[int], tasks: Sequence[int], queued: Mapping[Key, Queued]) -> str | None:
@@ -94,7 +94,11 @@ def _array(parent: int, missing: Sequence[int], tasks: Sequence[int], queued: Ma
     return first[0] if equal else None
 
 
-def dependency(parents: Sequence[int], seeds: Iterable[int], queued: Mapping[Key, Queued]) -> str:
-    """`afterok:` every job that makes an input for one of the seeds; empty if all inputs are there."""
+def dependency(stage: Stage, parents: Sequence[int], seeds: Sequence[int], queued: Mapping[Key, Queued]) -> str:
+    """What sbatch is told: to wait for every job that makes an input for one of the seeds; empty if all inputs are there.
+
+    One seed's stage needs them all (`afterok`). A summary of several seeds is made of what there is once all have ended (`afterany`).
+    """
     ids = dict.fromkeys(queued[parent, seed].id for parent in parents for seed in seeds if (parent, seed) in queued)
-    return "afterok:" + ":".join(ids) if ids else ""
+    kind = "afterok" if stage.every_seed or len(seeds) == 1 else "afterany"
+    return f"{kind}:{':'.join(ids)}" if ids else ""

@@ -103,7 +103,7 @@ def _prepare(chain: Chain, frozen: snapshot.Snapshot, unusable: Iterable[Path], 
     frozen.write()
     (chain.root / "logs").mkdir(exist_ok=True)
     snapshot.remember(chain.root, chain.code)
-    for job in chain.own(jobs):
+    for job in [*chain.own(jobs), *(job for job, _ in chain.shares(jobs))]:
         if job.state == "PENDING" and not job.live:
             client.cancel(job.id)
 
@@ -132,7 +132,11 @@ def _refuse_gaps(chain: Chain, chosen: Sequence[Stage], complete: set[Key], queu
 
 def _dry_run(chain: Chain, missing: Sequence[Stage], complete: set[Key], queued: dict[Key, Queued]) -> None:
     def show(submission: Submission) -> str:
-        print(shlex.join(["sbatch", *chain.command(submission)]))
+        def show_sharing(arguments: list[str]) -> str:
+            print(shlex.join(["sbatch", *arguments]))
+            return f"SHARE{submission.stage.number}"
+
+        print(shlex.join(["sbatch", *chain.command(chain.behind_sharing(submission, show_sharing))]))
         task = f"_seed{submission.seeds[0]}" if len(submission.tasks) == 1 else ""
         return f"JOB{submission.stage.number}{task}"
 

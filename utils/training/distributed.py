@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from utils.run.environment import number
 from utils.run.errors import InputError
-
-PLACES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))  # torchrun's, srun's
+from utils.run.launch import place
 
 
 @dataclass(frozen=True)
@@ -72,15 +69,6 @@ class World:
 
 
 ALONE = World()
-
-
-def place() -> tuple[int, int, int]:
-    """(rank, number of processes, number on this node) as torchrun or srun say."""
-    for names in PLACES:
-        if all(name in os.environ for name in names):
-            rank, size, local = map(number, names)
-            return rank, size, local
-    raise InputError(f"found neither {', '.join(PLACES[0])} nor {', '.join(PLACES[1])} in the environment; start with torchrun or srun")
 
 
 @contextmanager

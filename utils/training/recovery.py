@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.schema import Compute, Experiment, Monotone
 from utils.data.tokens import PackedBatches, Tokens
 from utils.models.blocks import compiles
@@ -16,11 +18,11 @@ from utils.models.falsify import falsify
 from utils.models.loading import as_teacher, compute_dtype, device_of, load_model, save_model
 from utils.models.orders import Order, all_plus
 from utils.run.artifacts import write_json
-from utils.run.errors import WorkFailed
+from utils.run.errors import InputError, WorkFailed
+from utils.run.launch import launch
 from utils.run.preemption import Stop
 from utils.training.checkpoint import Checkpoints, TrainState
 from utils.training.distributed import ALONE, World
-from utils.training.launch import launch
 from utils.training.loop import train
 from utils.training.metrics import read_metrics
 from utils.training.run import Run
@@ -102,6 +104,10 @@ def _train_together(
     config: Experiment, seed: int, learning_rate: float, constraint: Monotone | None, files: Files, stop: Stop, label: str
 ) -> None:
     """Train in a process for each GPU; what they leave are the checkpoints and the metrics."""
+    compute = config.compute
+    count = compute.processes or torch.cuda.device_count()
+    if count < 1:
+        raise InputError(f"compute.parallel={compute.parallel}: found no GPU, expected some; ask for them, or set compute.processes")
     spec = {
         "config": config.model_dump_json(),
         "seed": seed,
@@ -112,7 +118,7 @@ def _train_together(
     }
     path = (files.state / "processes.json").absolute()
     write_json(path, spec)
-    launch("utils.training.worker", [str(path)], config.compute, files.state, stop)
+    launch("utils.training.worker", [str(path)], count, files.state, stop)
 
 
 def _result(run: Run) -> tuple[TrainState, Checkpoints]:

@@ -1,0 +1,54 @@
+"""What a machine can fail at, in words, with what to do: disks, memory, devices."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE}
+NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|bad_alloc|[Cc]annot allocate memory|can't start new thread")
+NO_DEVICE = re.compile(r"CUDA error|CUDA driver|CUBLAS_STATUS|CUDNN_STATUS|NCCL|No CUDA GPUs")
+KEPT = "What is complete is kept"
+
+
+def explained(error: Exception, folder: Path | None) -> str | None:
+    """Why the work in `folder` ended, and what to do; None for an error that is no fault of the machine."""
+    if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+        return (
+            f"cannot write or read {error.filename or folder}: {error.strerror or error}{_inodes(error, folder)}. {KEPT}: "
+            "make room or give access, or choose other folders (paths.work, paths.results, paths.cache), then run again."
+        )
+    return exhausted(error)
+
+
+def exhausted(error: Exception) -> str | None:
+    """As `explained`, of memory and devices alone: what a reader must not take for a fault of the file that it reads.
+
+    torch is not imported here; its errors are known by their names and words.
+    """
+    kind, text = type(error).__name__, str(error)
+    said = (text.splitlines() or [""])[0][:300] or kind
+    if kind == "OutOfMemoryError":
+        return (
+            f"the device ran out of memory ({said}). {KEPT}: is another process on the device? Take a larger one, or smaller batches "
+            "(evaluate.batch_size, hotflip.batch_size, training.micro_batch), then run again."
+        )
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM) or NO_MEMORY.search(text):
+        return f"the machine ran out of memory ({said}). {KEPT}: give it more (`memory` in the cluster file), then run again."
+    if kind == "AcceleratorError" or (isinstance(error, RuntimeError) and NO_DEVICE.search(text)):
+        return f"the device failed ({said}). {KEPT}: run again, on another machine if the same one fails once more."
+    return None
+
+
+def _inodes(error: OSError, folder: Path | None) -> str:
+    """A disk can have room, and no entry left for another file."""
+    with suppress(OSError):
+        if error.errno == errno.ENOSPC and folder is not None and (there := os.statvfs(folder)).f_files and not there.f_favail:
+            return " (no inodes: too many files)"
+    return ""

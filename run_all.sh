@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline. `bash run_all.sh --help` lists the options.
 set -euo pipefail
+umask o-w
 caller=$PWD
 cd "$(dirname "$0")"
 . jobs/environment.sh

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from configs.presets import ConfigError, load
 from utils.run.checks import concluded
+from utils.run.environment import keep_others_from_writing
 from utils.run.errors import REFUSED, InputError
 from utils.run.folders import Folders
 from utils.run.preemption import Stop
@@ -22,6 +23,7 @@ from utils.verify.look import Look
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    keep_others_from_writing()
     try:
         config = load(options.config, options.overrides)
         look = Look(config, Folders.of(config.paths, config.run_name), options.mode, Stop())

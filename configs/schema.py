@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**63)]  # what a 64-bit number holds
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Line = Annotated[str, Field(pattern=r"^\P{Cc}+$")]  # no control characters: it is printed, and may name a file
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
@@ -102,13 +103,13 @@ class Model(Section):
     source: Literal["scratch", "pretrained", "gguf"] = Field(
         description="pretrained at setup, a published checkpoint, or a GGUF file, whose weights are unpacked (package gguf)"
     )
-    name: str = Field(
+    name: Line = Field(
         description="hub name or folder of the checkpoint; for gguf the file, or PACKAGE/FILE if an installed Python package carries it; "
         "for scratch a label"
     )
-    revision: str = Field("main", description="hub revision; setup records the commit it resolved to")
+    revision: Line = Field("main", description="hub revision; setup records the commit it resolved to")
     scratch: Scratch | None = Field(None, description="shape and pretraining, for source=scratch")
-    earlier_revisions: tuple[str, ...] = Field(
+    earlier_revisions: tuple[Line, ...] = Field(
         (),
         description="earlier checkpoints of a published model, oldest first. The attacks' control of equal quality is taken from between "
         "them and the base; empty: from the recovery training alone, or left out",
@@ -118,6 +119,9 @@ class Model(Section):
     def _check(self) -> Model:
         if (self.source == "scratch") != (self.scratch is not None):
             raise ValueError("the section model.scratch is given if and only if model.source is 'scratch'")
+        for revision in (self.revision, *self.earlier_revisions):
+            if {"", ".", ".."}.intersection(revision.split("/")):
+                raise ValueError(f"revision {revision!r} is no branch, tag or commit")
         if self.scratch and self.earlier_revisions:
             raise ValueError(
                 f"earlier_revisions={list(self.earlier_revisions)} of a model that is pretrained here; expected scratch.earlier"
@@ -130,7 +134,7 @@ class Model(Section):
 class Embedded(Section):
     """Text of installed Python packages: docstrings are the subset 'prose', the remaining source is the subset 'code'."""
 
-    packages: tuple[str, ...] = Field(description="import names; 'stdlib' is the standard library", min_length=1)
+    packages: tuple[Line, ...] = Field(description="import names; 'stdlib' is the standard library", min_length=1)
     characters: Positive = Field(description="upper bound of the harvested text, over both subsets")
     document_characters: Positive = Field(12_000, description="longest document; a longer one is cut at a line end")
 
@@ -142,9 +146,9 @@ class Files(Section):
     hf://datasets/OWNER/NAME@REVISION/PATH (no @REVISION: main).
     """
 
-    train: tuple[str, ...] = Field(min_length=1)
-    validation: tuple[str, ...] = Field(min_length=1, description="half of its documents become the attack texts")
-    test: tuple[str, ...] = Field(min_length=1)
+    train: tuple[Line, ...] = Field(min_length=1)
+    validation: tuple[Line, ...] = Field(min_length=1, description="half of its documents become the attack texts")
+    test: tuple[Line, ...] = Field(min_length=1)
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -340,7 +344,7 @@ class Evaluate(Section):
     order_null_fits: Positive = Field(8, description="probes fitted to shuffled labels")
     precision_windows: Count = Field(32, description="windows that are scored in fp32 too if compute.precision is bf16; 0: none")
     generation_prompts: Count = Field(32, description="beginnings of test documents that every model goes on with, greedily; 0: none")
-    benchmarks: tuple[str, ...] = Field(
+    benchmarks: tuple[Line, ...] = Field(
         (), description="tasks of the lm-evaluation-harness (package lm_eval), zero-shot: its names, or YAML files of your own"
     )
     benchmark_limit: Count = Field(0, description="at most so many items of each task, the first ones; 0: all")

@@ -6,6 +6,7 @@
 # Exit code 75 of a stage: stopped in time, the state is saved. The job then goes back into the queue under its own id, so that
 # the jobs that wait for it keep waiting. Any other code but 0 ends the chain.
 
+umask o-w
 asked='' interrupted=0 child='' sampler=''
 
 say() { echo "[$(date '+%F %T')] $*"; }
@@ -65,15 +66,12 @@ run_as_child() {
 code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stage=${SLURM_JOB_NAME#*_}
 stage=${stage%%_*}
+if ! [[ ${SLURM_JOB_NAME:-} =~ ^(job_[0-7]|share_[56])_[[:alnum:]_]+$ ]]; then
+    say "found the job name '${SLURM_JOB_NAME:-}', expected that of the script (job_2_baseline): submit without --job-name and SBATCH_JOB_NAME" >&2
+    exit 2
+fi
 work=job
-case ${SLURM_JOB_NAME:-} in
-    job_[0-7]_*) ;;
-    share_[56]_*) work=share ;;
-    *)
-        say "found the job name '${SLURM_JOB_NAME:-}', expected that of the script (job_2_baseline): submit without --job-name and SBATCH_JOB_NAME" >&2
-        exit 2
-        ;;
-esac
+case $SLURM_JOB_NAME in share_*) work=share ;; esac
 [ -f "$code/site.sh" ] || { say "$code holds no site.sh: submit the run with 'bash run_all.sh' first" >&2; exit 2; }
 root='' network='' PYTHON=''
 # shellcheck source=/dev/null

@@ -11,6 +11,7 @@ from pathlib import Path
 from configs.presets import ConfigError
 from stages import slurm
 from stages.pipeline import add_experiment_options, depends_on, experiment, run_each, stages
+from utils.run.environment import keep_others_from_writing
 from utils.run.errors import DONE, FAILED, REFUSED, InputError
 from utils.run.folders import Folders
 from utils.run.stage import Stage
@@ -20,6 +21,7 @@ UNREAD = 141  # as a shell says of a program that SIGPIPE has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    keep_others_from_writing()
     try:
         code = _done(_parser().parse_args(arguments))
         sys.stdout.flush()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from configs.presets import ConfigError, load
 from configs.schema import Experiment
+from utils.run.environment import keep_others_from_writing
 from utils.run.errors import REFUSED
 from utils.run.preemption import Stop
 from utils.run.stage import Stage, producer, run_stage
@@ -67,6 +68,7 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> None:
     add_experiment_options(parser)
     parser.add_argument("--seed", type=int, help="run this one of the seeds (default: all of them in turn)")
     options = parser.parse_args(arguments)
+    keep_others_from_writing()
     try:
         config = experiment(options)
         if options.seed is not None and options.seed not in config.seeds:

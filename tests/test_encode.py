@@ -165,3 +165,17 @@ def test_reading_is_ahead_by_a_bounded_amount(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(10):
         next(stream)
     assert taken < 20
+
+
+def test_a_long_text_is_cut_where_the_tokenizer_cuts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random mixtures of what the pattern treats in its own way, in parts of any size."""
+    chance, pieces = random.Random(5), [*" \n\t\x1c\x85\u3000ab'sé\u0301中9.,", "  ", "\n\n", "'ll", "<|endoftext|>", "😀"]
+    words = train_tokenizer(iter(["".join(chance.choices(pieces, k=3000))]), 400)
+    slow = encode_module._by_tokenizers(words)
+    for size in (1, 7, 40):
+        monkeypatch.setattr(encode_module, "CHUNK", size)
+        for _ in range(60):
+            text = "".join(chance.choices(pieces, k=150))
+            assert "".join(encode_module.parts(text)) == text
+            assert slow([text])[0].tolist() == words.encode(text, add_special_tokens=False).ids
+    assert max(map(len, encode_module.parts("ab cd " * 50))) < 48

@@ -76,6 +76,10 @@ def test_table_of_other_things_is_refused(tmp_path: Path) -> None:
         list(items(table(tmp_path / "a.parquet", uid=[1], body=["x"])))
     with pytest.raises(InputError, match=r"b\.parquet: found a row whose text is None, expected text"):
         list(items(table(tmp_path / "b.parquet", text=["x", None])))
+    with pytest.raises(InputError, match=r"c\.parquet: found a row whose meta is '\{', expected \{pile_set_name"):
+        list(items(table(tmp_path / "c.parquet", text=["x"], meta=["{"])))
+    with pytest.raises(InputError, match=r"d\.parquet: found a row whose token_ids are \['a'\], expected a list of whole numbers"):
+        list(items(table(tmp_path / "d.parquet", token_ids=[["a"]])))
 
 
 @pytest.mark.parametrize("name", ["cut.jsonl.zst", "cut.jsonl.gz", "cut.parquet"])
@@ -112,13 +116,50 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ['{"text": "cut o', "[1, 2]", "7", "null", '{"body": "x"}', '{"text": 5}', '{"text": "x", "meta": 3}', "", "not json"],
+    [
+        '{"text": "cut o',
+        '{"text": "x", "meta": {"pile_set_name": ["a"]}}',
+        '{"text": "x", "meta": {"pile_set_name": "a\\u202eb"}}',
+        "[" * 9000,
+        "[1, 2]",
+        "7",
+        "null",
+        '{"body": "x"}',
+        '{"text": 5}',
+        '{"text": "x", "meta": 3}',
+        "",
+        "not json",
+    ],
 )
 def test_a_broken_line_is_named_with_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines(2) + line.encode() + b"\n" + lines(1))
     with pytest.raises(InputError, match=r'rows\.jsonl, line 3: found .*, expected \{"text".*repair or remove the line'):
         list(items(path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.zst", "a.txt.gz"])
+def test_a_document_without_an_end_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "LONGEST", 1 << 20)
+    path = tmp_path / name
+    path.write_bytes(PACK.get(path.suffix, bytes)(b"a" * (1 << 20)))
+    assert "jsonl" in name or len(list(items(path))) == 1
+    path.write_bytes(PACK.get(path.suffix, bytes)(b"a" * ((1 << 20) + 1)))
+    with pytest.raises(InputError, match=r"a\..*: found a document of more than 1 MiB, expected shorter ones"):
+        list(items(path))
+
+
+def test_an_archive_is_unpacked_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a few bytes stand for."""
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(bytes(1 << 24)))
+    assert {len(block) for block in formats._blocks(tmp_path / "a.txt.zst")} <= {0, *range(1, formats.BLOCK + 1)}
+
+
+def test_capitals_in_a_files_name(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL.ZST").write_bytes(zstandard.compress(lines(50)))
+    (tmp_path / "B.TXT").write_text("one\ntwo")
+    assert list(items(tmp_path / "A.JSONL.ZST")) == EXPECTED
+    assert list(items(tmp_path / "B.TXT")) == [Item("one\ntwo", "B")]
 
 
 def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path: Path) -> None:

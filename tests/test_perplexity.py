@@ -118,13 +118,14 @@ def test_batches_hold_every_window_and_pad_little(split: Tokens) -> None:
 
 def test_the_mean_is_over_tokens_and_not_over_documents() -> None:
     rows = [
-        {"subset": "a", "bytes": 2, "nll": 10.0, "tokens": 1, "reference_nll": 0.0, "reference_tokens": 0},
+        {"subset": "all", "bytes": 2, "nll": 10.0, "tokens": 1, "reference_nll": 0.0, "reference_tokens": 0},
         {"subset": "b", "bytes": 8, "nll": 8.0, "tokens": 4, "reference_nll": 6.0, "reference_tokens": 3},
         {"subset": "b", "bytes": 5, "nll": 0.0, "tokens": 5, "reference_nll": 1.0, "reference_tokens": 4},
     ]
     summary = summarise(rows)
-    assert {name: entry["loss"] for name, entry in summary.items()} == {"all": 1.8, "a": 10.0, "b": pytest.approx(8 / 9)}
-    assert summary["all"] == {
+    subsets = summary.pop("by_subset")
+    assert {name: entry["loss"] for name, entry in subsets.items()} == {"all": 10.0, "b": pytest.approx(8 / 9)}
+    assert summary == {
         "loss": 1.8,
         "perplexity": math.exp(1.8),
         "total_tokens": 10,
@@ -133,8 +134,8 @@ def test_the_mean_is_over_tokens_and_not_over_documents() -> None:
         "documents": 3,
         "reference_protocol": {"loss": 1.0, "perplexity": math.e, "total_tokens": 7},
     }
-    assert summary["a"]["reference_protocol"] == {"loss": None, "perplexity": None, "total_tokens": 0}
-    hopeless = summarise([rows[0] | {"nll": 1e6, "bytes": 0}])["all"]
+    assert subsets["all"]["reference_protocol"] == {"loss": None, "perplexity": None, "total_tokens": 0}
+    hopeless = summarise([rows[0] | {"nll": 1e6, "bytes": 0}])
     assert hopeless["bits_per_byte"] is None
     assert math.isfinite(hopeless["perplexity"])  # strict JSON knows no infinity
 

@@ -105,9 +105,16 @@ def test_configuration_is_frozen() -> None:
         ("=5", ["--set '=5': expected section.key=value"]),
         ("seeds=[1", ["--set 'seeds=[1': the value is not valid YAML"]),
         ("model={a: 1, a: 2}", ["key 'a' is given twice"]),
-        ("model.name=!!binary aGk=", ["is refused", "bytes", "text"]),
-        ("model=&again {name: *again}", ["is refused", "Circular"]),
+        ("model.name=!!binary aGk=", ["the tag tag:yaml.org,2002:binary; write the value out plainly"]),
+        ("model=&again {name: *again}", ["the alias *again; write the value out plainly"]),
         ("extends=mini", ["extends: unknown key"]),
+        ("seeds=" + "[" * 30 + "]" * 30, ["found more than 20 levels; write the value out plainly"]),
+        (".".join("a" * 30) + "=1", ["found 29 sections within each other"]),
+        ("seeds=[" + "9" * 5000 + "]", ["the value is not valid YAML: Exceeds the limit"]),
+        ("training.steps=9223372036854775808", ["training.steps: found 9223372036854775808", "less than 9223372036854775808"]),
+        ('model.name="a\\nb"', ["model.name: found 'a\\nb'", "match pattern"]),
+        ("model.revision=../../main", ["revision '../../main' is no branch, tag or commit"]),
+        ("run_name=" + "a" * 9000, ["run_name: found '" + "a" * 199 + "..., expected"]),
     ],
 )
 def test_bad_override_is_refused_in_words(override: str, words: list[str] | None) -> None:
@@ -141,7 +148,7 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
         ("extends: minni", "did you mean 'mini'?"),
         ("extends: [mini, tiny]", "expected the name or the file of one preset"),
         ("extends: own.yaml", "extends itself"),
-        ("? !!timestamp 2026-01-01\n: 1", "keys must be"),
+        ("? !!timestamp 2026-01-01\n: 1", "the tag tag:yaml.org,2002:timestamp; write the value out plainly"),
     ],
 )
 def test_bad_file_is_refused_by_its_path(text: str, words: str, tmp_path: Path) -> None:
@@ -155,6 +162,28 @@ def test_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_bytes(b"run_name: \xff\xfe")
     with pytest.raises(ConfigError, match=r"own\.yaml: not readable as YAML: .*utf-8"):
         load(str(tmp_path / "own.yaml"))
+
+
+def test_a_file_of_another_size_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"own\.yaml: found 1048577 bytes, expected a configuration of at most 1048576"):
+        load(preset(tmp_path, "#" * (2**20 + 1)))
+
+
+def test_a_chain_of_files_ends(tmp_path: Path) -> None:
+    for number in range(30):
+        preset(tmp_path, f"extends: link{number + 1}.yaml", f"link{number}.yaml")
+    with pytest.raises(ConfigError, match=r"link21\.yaml: more than 20 files extend each other"):
+        load(str(tmp_path / "link0.yaml"))
+
+
+def test_many_mistakes_are_counted(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="and 80 more"):
+        load(preset(tmp_path, f"extends: {TINY}\n" + "\n".join(f"k{number}: 1" for number in range(100))))
+
+
+def test_a_name_that_is_too_long_for_a_file() -> None:
+    with pytest.raises(ConfigError, match=r"no preset 'aaa.*\.\.\.: found no file"):
+        load("a" * 5000)
 
 
 def test_extends_merges_key_by_key_also_over_two_files(tmp_path: Path) -> None:

@@ -189,3 +189,8 @@ def test_requeue_update_and_cancel_name_the_job(program: Program, own_folders: P
     assert asked(own_folders) == ["update", "JobId=17_2", "Dependency=afterok:18", "Comment=/a b"]
     client.cancel("17_2")
     assert asked(own_folders) == ["17_2"]
+
+
+def test_what_a_path_says_of_a_job_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "call", lambda *command: "JobId=17 JobState=RUNNING Reason=None Comment=/a JobState=FAILED/code\n")
+    assert client.facts("17")["JobState"] == "RUNNING"

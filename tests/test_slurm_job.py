@@ -70,6 +70,14 @@ def test_own_id_and_tasks(monkeypatch: pytest.MonkeyPatch, slurm: FakeSlurm) -> 
     assert (job.own_id(), job.own_tasks()) == ("17_2", (2,))
 
 
+def test_outside_of_a_job_and_with_other_variables_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="found no SLURM_JOB_ID in the environment: this is for the inside of a job"):
+        job.own_id()
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "²")
+    with pytest.raises(InputError, match="SLURM_ARRAY_TASK_ID='²' in the environment, expected a whole number"):
+        job.own_tasks()
+
+
 def test_own_seeds_are_all_of_a_plain_job_and_one_of_a_task(root: Path, monkeypatch: pytest.MonkeyPatch, slurm: FakeSlurm) -> None:
     chain = make_chain(root, TWO)
     assert job.own_seeds(chain, TRAINING) == (42, 7)

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 
 from configs.presets import load
 from configs.schema import Experiment, Files, Model
-from tests.builders import small_model
 from tests.conftest import TINY
+from tests.tiny_models import random_model
 from utils.data import formats, shards, sources
 from utils.data.attack_texts import write_attack_texts
 from utils.data.formats import Item
@@ -161,7 +161,7 @@ def test_too_little_attack_text_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def published(tmp_path: Path, no_network: None) -> Iterator[Experiment]:
     """An experiment on a model folder such as a user may have on a cluster without a network."""
-    save_model(small_model(), tmp_path / "published")
+    save_model(random_model(vocabulary=300), tmp_path / "published")
     tokenizer = train_tokenizer(iter(TEXTS), 300)
     save_tokenizer(tokenizer, tmp_path / "published")
     source = json.dumps({"source": "pretrained", "name": str(tmp_path / "published"), "scratch": None})
@@ -176,8 +176,21 @@ def test_a_local_folder_serves_as_published_model(published: Experiment, tmp_pat
     base = base_cache(published, tmp_path / "cache", content, Stop())
     assert read_json(base / "origin.json") == {"name": published.model.name, "commit": "local", "earlier_commits": {}}
     ids = torch.arange(20)[None]
-    assert torch.equal(load_model(base / "model")(ids).logits, small_model()(ids).logits)
+    assert torch.equal(load_model(base / "model")(ids).logits, random_model(vocabulary=300)(ids).logits)
     assert len(feed_forward(load_model(base / "model"))) == 2
+
+
+def test_an_id_that_the_model_has_no_embedding_for_is_refused(published: Experiment, tmp_path: Path) -> None:
+    content = token_cache(published, tmp_path / "cache", Stop())
+    save_model(random_model(vocabulary=280), tmp_path / "published")
+    with pytest.raises(InputError, match=r"published': its tokenizer gives the id 299, expected ids below 280"):
+        base_cache(published, tmp_path / "cache", content, Stop())
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json: expected a tokenizer of the tokenizers library"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path, no_network: None) -> None:

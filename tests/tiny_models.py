@@ -108,6 +108,7 @@ def write_tokens(folder: Path, count: int, seed: int = 0) -> Tokens:
         ids.append((3 * ids[-1] + int(random.integers(3))) % VOCABULARY)
     folder.mkdir(parents=True)
     np.array(ids, dtype="<u2").tofile(folder / "tokens.bin")
-    index: dict[str, Any] = {"dtype": "<u2", "end_of_text": 0, "ends": [0, count], "bytes": [count], "subset": [0], "subsets": ["prose"]}
+    index: dict[str, Any] = {"dtype": "<u2", "end_of_text": 0, "subsets": ["prose"], "documents": 1, "tokens": count}
+    index |= {"duplicates": 0, "complete": True, "shards": []}
     (folder / "index.json").write_text(json.dumps(index))
     return Tokens(folder)

@@ -63,7 +63,8 @@ class Bench:
         self.compile_, self.compiled = compile_, compiles(Compute.model_validate({"compile": compile_}), self.device)
         ids = np.random.default_rng(0).integers(0, self.shape["vocab"], 200 * self.shape["batch"] * self.shape["length"])
         ids.astype("<u2").tofile(folder / "tokens.bin")
-        (folder / "index.json").write_text(json.dumps({"dtype": "<u2", "end_of_text": 0}))
+        index = {"dtype": "<u2", "end_of_text": 0, "subsets": [], "duplicates": 0, "complete": True, "shards": []}
+        (folder / "index.json").write_text(json.dumps(index | {"documents": 1, "tokens": len(ids)}))
         self.text = PackedBatches(Tokens(folder), self.shape["length"], seed=0)
 
     @property

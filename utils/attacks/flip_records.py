@@ -6,7 +6,7 @@ B texts, T tokens of each with end-of-text, K flips.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,14 @@ from utils.run.units import Step
 
 LONGER = 10  # times the candidates, on some texts: what a larger budget would find
 SEARCHES = ("hotflip", "query_greedy", "longer")  # by gradient; random candidates, as many; by gradient with more candidates
+
+
+@dataclass
+class Stored:
+    """A group of texts under attack, after so many steps of all that there are to make."""
+
+    steps: int
+    attacks: list[Attack]
 
 
 class FlipAttacks:
@@ -95,11 +103,12 @@ class FlipAttacks:
     def _run(self, search: FlipSearch, group: Sequence[Row], ids: Tensor, begun: Path, weight: int, step: Step) -> list[Attack]:
         """The attacks of a group of texts, stored after every flip."""
         names = [text["id"] for text in group]
-        stored = [Attack(**each) for each in (left_behind(begun) or {"attacks": []})["attacks"]]
+        found = left_behind(begun, Stored)
+        stored = found.attacks if found else []
 
         def after_flip(attacks: list[Attack]) -> None:
             made = weight * sum(self.spec.flips if each.stuck else len(each.flips) for each in attacks)
-            write_sealed(begun, {"steps": made, "attacks": [asdict(each) for each in attacks]})
+            write_sealed(begun, asdict(Stored(made, attacks)))
             step()
 
         return search.run(ids, names, stored, after_flip)

@@ -55,8 +55,7 @@ class SearchState:
     @classmethod
     def stored(cls, path: Path, restart: int) -> SearchState:
         """The state on disk, or a new search."""
-        found = left_behind(path)
-        return cls(**found) if found else cls(restart)
+        return left_behind(path, cls) or cls(restart)
 
 
 def with_trigger(end_of_text: int, trigger: Sequence[int], texts: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from typing_extensions import TypedDict
 
 from configs.schema import Experiment
 from utils.data.tokens import Tokens
@@ -16,6 +17,25 @@ from utils.run.artifacts import read_json, write_json
 from utils.run.errors import InputError
 
 Text = dict[str, Any]  # id, subset, ids
+
+
+class StoredText(TypedDict):
+    id: str
+    subset: str
+    ids: list[int]
+
+
+class StoredAlphabet(TypedDict):
+    end_of_text: int
+    entries: int
+    special: list[int]
+
+
+class Stored(TypedDict):
+    """attack_texts.json."""
+
+    alphabet: StoredAlphabet
+    sets: dict[str, list[StoredText]]
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,6 @@ def write_attack_texts(tokens: Tokens, tokenizer: Tokenizer, config: Experiment,
 
 def read_attack_texts(path: Path) -> tuple[dict[str, list[Text]], Alphabet]:
     """(texts of every set, what an attack may write)."""
-    stored = read_json(path)
+    stored = read_json(path, Stored)
     alphabet = stored["alphabet"]
     return stored["sets"], Alphabet(alphabet["end_of_text"], alphabet["entries"], tuple(alphabet["special"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,9 @@ T = TypeVar("T")
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"  # Radford et al. 2019, as the tokenizers library writes it
 BLANKS = r"|\s++$|\s+(?!\S)|\s"
 CHUNK = 1 << 20  # characters that a thread encodes at a time
+
+
+SEAM = re.compile(r"(?<=\S)[ \n](?=\S)")  # where PIECES and BLANKS cut in any case, whatever stands around
 
 
 def encoder(tokenizer: Tokenizer, proof: Sequence[str] = ()) -> Encode:
@@ -72,8 +76,25 @@ def _chunks(items: Iterable[T], text: Callable[[T], str | None]) -> Iterator[lis
         yield chunk
 
 
+def parts(text: str) -> list[str]:
+    """A long text, cut where the byte-level pattern cuts it in any case: the library needs some 200 bytes of memory a character."""
+    found, start = [], 0
+    while len(text) - start > CHUNK and (seam := SEAM.search(text, start + CHUNK)):
+        found.append(text[start : seam.start()])
+        start = seam.start()
+    return [*found, text[start:]]
+
+
 def _by_tokenizers(tokenizer: Tokenizer) -> Encode:
+    cut = parts if _pattern(json.loads(tokenizer.to_str())) else lambda text: [text]
+
+    def one(text: str) -> Ids:
+        found = (tokenizer.encode_batch_fast([part], add_special_tokens=False)[0].ids for part in cut(text))
+        return np.concatenate([np.array(ids, dtype=np.uint32) for ids in found])
+
     def encode(texts: Sequence[str]) -> list[Ids]:
+        if any(len(text) > CHUNK for text in texts):
+            return [one(text) for text in texts]
         found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in found]
 
@@ -83,8 +104,7 @@ def _by_tokenizers(tokenizer: Tokenizer) -> Encode:
 def _by_tiktoken(tokenizer: Tokenizer, slow: Encode) -> Encode | None:
     """The same byte-level BPE in tiktoken; None where the tokenizer is of another kind."""
     stored = json.loads(tokenizer.to_str())
-    model, added = stored["model"], stored["added_tokens"]
-    pattern = _pattern(stored, [token["content"] for token in added if not token["special"]])
+    model, added, pattern = stored["model"], stored["added_tokens"], _pattern(stored)
     if (
         model["type"] != "BPE"
         or pattern is None
@@ -116,8 +136,9 @@ def _by_tiktoken(tokenizer: Tokenizer, slow: Encode) -> Encode | None:
     return lambda texts: [one(text) for text in texts]
 
 
-def _pattern(stored: dict[str, Any], added: list[str]) -> str | None:
+def _pattern(stored: dict[str, Any]) -> str | None:
     """How a text is cut before merging. Added entries, which GPT-NeoX has for runs of blanks, are cut out first."""
+    added = [token["content"] for token in stored["added_tokens"] if not token["special"]]
     if (stored["normalizer"] or {"type": "NFC"})["type"] != "NFC":
         return None
     cut = stored["pre_tokenizer"] or {}

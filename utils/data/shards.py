@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.data.tokens import COLUMNS
+from utils.data.tokens import COLUMNS, Index, Mark
 from utils.run.artifacts import left_behind, make_folder, write_sealed
 
 SHARD_TOKENS = 1 << 22
 KEY_BYTES = 16
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Where a shard ends: pieces of the source that were used up and those of them left out as duplicates, documents and tokens
-    written, all counted from the beginning of the split, and the SHA-256 of what the shard added to the files."""
-
-    pieces: int = 0
-    duplicates: int = 0
-    documents: int = 0
-    tokens: int = 0
-    sha256: str = ""
 
 
 class Shards:
@@ -94,7 +82,7 @@ class Shards:
 
     def _take_up(self) -> None:
         """Go on after the last shard that is intact, if there is one."""
-        index = left_behind(self.folder / "index.json") or {"shards": []}
+        index = left_behind(self.folder / "index.json", Index) or {"shards": []}
         stored = [Mark(**mark) for mark in index["shards"]]
         for mark in stored:
             if self._digest(self.marks[-1], mark) != mark.sha256:

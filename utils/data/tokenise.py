@@ -171,7 +171,11 @@ def _size(text: str, kept: Ids, ids: Ids, words: Tokenizer) -> int:
         return len(text.encode(errors="replace"))
     if not len(kept):
         return 0
-    encoding = words.encode(text, add_special_tokens=False)
+    shown = len(words.decode(kept.tolist(), skip_special_tokens=False))
+    for end in (2 * shown + 1000, len(text)):  # most often the beginning tells
+        encoding = words.encode(text[:end], add_special_tokens=False)
+        if encoding.ids[: len(kept)] == kept.tolist():
+            break
     return len(text[: encoding.offsets[len(kept) - 1][1]].encode(errors="replace"))
 
 

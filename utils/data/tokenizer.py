@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.schema import Model
+from utils.data.encode import parts
 from utils.run.errors import InputError
 from utils.run.gguf import gguf_file
 from utils.run.hub import model_folder
@@ -24,7 +25,7 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in parts(text)), trainer)
     return tokenizer
 
 
@@ -46,11 +47,11 @@ def fetch_tokenizer(model: Model, cache: Path, stop: Stop, folder: Path) -> int:
     else:
         source, inside = model_folder(model, cache, stop)[0], {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, **inside)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **inside)
+    except Exception as error:  # whatever the library raises for a file that somebody else made
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({str(error).splitlines()[0]}); "
-            "name a model that has one"
+            f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({said}); name a model that has one"
         ) from None
     if tokenizer.eos_token_id is None:
         raise InputError(
@@ -62,7 +63,11 @@ def fetch_tokenizer(model: Model, cache: Path, stop: Stop, folder: Path) -> int:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The stored tokenizer; the text "<|endoftext|>" inside a document is encoded as text, not as the end of it."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more particular
+        raise InputError(f"{path}: expected a tokenizer of the tokenizers library ({error}); name a model that has one") from None
     tokenizer.encode_special_tokens = True
     return tokenizer
 

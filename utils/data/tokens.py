@@ -5,17 +5,44 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
+from configs.schema import Count
 from utils.run.artifacts import read_json
 from utils.run.errors import InputError
 
 # the columns of a split beside its tokens, one entry a document: where it ends in tokens.bin, its size in bytes of UTF-8, the number of its
 # subset, and the key of its whole text
 COLUMNS = {"ends": "<i8", "bytes": "<i8", "subset": "<u2", "keys": "V16"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a shard ends: pieces of the source that were used up and those of them left out as duplicates, documents and tokens
+    written, all counted from the beginning of the split, and the SHA-256 of what the shard added to the files."""
+
+    pieces: Count = 0
+    duplicates: Count = 0
+    documents: Count = 0
+    tokens: Count = 0
+    sha256: str = ""
+
+
+class Index(TypedDict):
+    """index.json of a split."""
+
+    dtype: Literal["<u2", "<u4"]
+    end_of_text: int
+    subsets: list[str]
+    documents: int
+    tokens: int
+    duplicates: int
+    complete: bool
+    shards: list[Mark]
 
 
 @dataclass(frozen=True)
@@ -26,16 +53,22 @@ class Tokens:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        return read_json(self.folder / "index.json")
+        return read_json(self.folder / "index.json", Index)
 
     @cached_property
     def ids(self) -> NDArray[np.unsignedinteger]:
         """(N,) all tokens, memory-mapped."""
-        return np.memmap(self.folder / "tokens.bin", dtype=self.index["dtype"], mode="r")
+        return self._mapped("tokens", self.index["dtype"], self.index["tokens"])
 
     def column(self, name: str) -> NDArray[Any]:
         """(documents,) one of COLUMNS, memory-mapped."""
-        return np.memmap(self.folder / f"{name}.bin", dtype=COLUMNS[name], mode="r")
+        return self._mapped(name, COLUMNS[name], self.index["documents"])
+
+    def _mapped(self, name: str, dtype: str, count: int) -> NDArray[Any]:
+        path, expected = self.folder / f"{name}.bin", count * np.dtype(dtype).itemsize
+        if not path.is_file() or path.stat().st_size != expected or not expected:
+            raise InputError(f"{path}: expected a file of {expected} bytes, as index.json says, and more than none; remove its folder")
+        return np.memmap(path, dtype=dtype, mode="r")
 
     @property
     def end_of_text(self) -> int:

@@ -5,13 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from configs.schema import Experiment
 from utils.models.loading import device_of, load_model
 from utils.run.artifacts import left_behind, write_sealed
 from utils.run.errors import InputError
 from utils.run.preemption import Stop
 from utils.run.progress import Progress
-from utils.run.records import write_rows
+from utils.run.records import Row, write_rows
+
+
+class Scored(TypedDict):
+    """One model on one benchmark."""
+
+    results: dict[str, Any]
+    rows: list[Row]
 
 
 def fetch_benchmarks(config: Experiment, cache: Path) -> None:
@@ -37,7 +46,7 @@ def benchmark_stored(
 
     places = {(model, name): state / f"{model}_{number}.json" for model in models for number, name in enumerate(names)}
     tasks = harness.load_tasks(names, cache)
-    done = {place: found for place, path in places.items() if (found := left_behind(path))}
+    done = {place: found for place, path in places.items() if (found := left_behind(path, Scored))}
     progress = Progress("benchmarks", len(places), len(done))
     for label, folder in models.items():
         pending = [name for name in names if (label, name) not in done]

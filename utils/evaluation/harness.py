@@ -81,7 +81,7 @@ class Harness(HFLM):
         self.stop = stop
         super().__init__(
             pretrained=model,
-            tokenizer=AutoTokenizer.from_pretrained(tokenizer, local_files_only=True),
+            tokenizer=AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False),
             batch_size=config.evaluate.batch_size,
             max_length=config.evaluate.context,
             mixed_precision_dtype="bfloat16" if config.compute.precision == "bf16" else None,

@@ -88,11 +88,10 @@ def _sums(rows: Sequence[Row]) -> dict[int, tuple[float, int]]:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """{whole or subset: {loss (nats per token), perplexity, bits_per_byte, total_tokens, total_bytes, documents, reference_protocol}}."""
-    groups = {"all": list(rows)} | {
-        name: [row for row in rows if row["subset"] == name] for name in sorted({row["subset"] for row in rows})
-    }
-    return {name: _summary(members) for name, members in groups.items() if members}
+    """{loss (nats per token), perplexity, bits_per_byte, total_tokens, total_bytes, documents, reference_protocol}, of all rows and, below
+    `by_subset`, of each subset."""
+    subsets = {name: [row for row in rows if row["subset"] == name] for name in sorted({row["subset"] for row in rows})}
+    return _summary(rows) | {"by_subset": {name: _summary(members) for name, members in subsets.items()}}
 
 
 def _summary(rows: Sequence[Row]) -> dict[str, Any]:
@@ -172,12 +171,11 @@ def evaluate_stored(
         )
         documents = by_document(test, scored, again)
         rows += [{"model": name, **row} for row in documents]
-        summary = summarise(documents)
-        results[f"{name}_pythia"] = {**summary.pop("all"), "by_subset": summary}
+        results[f"{name}_pythia"] = summarise(documents)
         if checked:
             rounded[name] = rounding(model, checked, spec.batch_size, stop)
     write_rows(records, rows)
-    unigram = unigram_nll(np.load(unigram_counts), test, model.config.vocab_size)
+    unigram = unigram_nll(np.load(unigram_counts, allow_pickle=False), test, model.config.vocab_size)
     return {
         "pile_test": results,
         "rounding": rounded,

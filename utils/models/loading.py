@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PretrainedConfig, PreTrainedModel
@@ -25,7 +23,6 @@ from utils.run.preemption import Stop
 from utils.run.trouble import exhausted
 
 transformers_logging.disable_progress_bar()
-UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)  # what from_pretrained raises for a folder it cannot load
 
 
 def device_of(compute: Compute) -> torch.device:
@@ -56,7 +53,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
     """Load a model folder in fp32, ready to evaluate. Only safetensors are read, never a pickle."""
     try:
         model = _read(folder, local_files_only=True)
-    except UNREADABLE as error:
+    except Exception as error:  # whatever the library raises for what somebody else made
         if exhausted(error):
             raise
         raise InputError(f"{folder}: expected a model folder with config.json and safetensors weights: {error}") from None
@@ -75,7 +72,7 @@ def as_teacher(model: PreTrainedModel, precision: str) -> PreTrainedModel:
 def _read(source: Path | str, **options: Any) -> PreTrainedModel:
     """from_pretrained, which alone would fill weights that the files lack with random numbers."""
     model, report = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
     )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"the weights lack {missing[0]} ({len(missing)} in all)")
@@ -86,14 +83,21 @@ def _read_gguf(path: Path) -> PreTrainedModel:
     """The weights of a GGUF file, unpacked into a plain model of its architecture."""
     packed = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     try:
-        found = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, **packed)
-    except (*UNREADABLE, LookupError, struct.error) as error:  # what its reader raises for a file of another kind, or a torn one
+        found = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **packed
+        )
+    except Exception as error:
         if exhausted(error):
             raise
-        raise InputError(f"{path}: expected a GGUF file of an architecture that transformers knows: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path}: expected a GGUF file of an architecture that transformers knows: {_said(error)}") from None
     plain = AutoModelForCausalLM.from_config(type(found.config).from_dict(_unpacked(found.config)), dtype=torch.float32)
     plain.load_state_dict(found.state_dict())
     return plain.eval()
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error's words."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _unpacked(config: PretrainedConfig) -> dict[str, Any]:
@@ -142,10 +146,10 @@ def fetch_pretrained(model: Model, cache: Path, stop: Stop) -> tuple[PreTrainedM
     folder, commit = model_folder(model, cache, stop)
     try:
         return _read(folder, local_files_only=True).eval(), commit
-    except UNREADABLE as error:
+    except Exception as error:
         if exhausted(error):
             raise
         raise InputError(
             f"model.name={model.name!r}, revision {model.revision!r}: cannot be loaded as a causal LM with safetensors weights: "
-            f"{str(error).splitlines()[0]}. Name another model, or give a local folder"
+            f"{_said(error)}. Name another model, or give a local folder"
         ) from None

@@ -76,14 +76,14 @@ def _curves(study: Study, column: str, title: str, style: str) -> Figure:
 def perplexities(study: Study) -> Figure:
     """Perplexity of all models, whole and by subset, with intervals over documents."""
     figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
-    groups = {"all": None} | ({subset: subset for subset in study.subsets} if len(study.subsets) <= 4 else {})
+    groups = [None, *(study.subsets if len(study.subsets) <= 4 else ())]
     for number, model in enumerate(study.models):
-        found = [quality.perplexity_of(study, model, subset) for subset in groups.values()]
+        found = [quality.perplexity_of(study, model, subset) for subset in groups]
         places = [place + 0.14 * (number - (len(study.models) - 1) / 2) for place in range(len(groups))]
         errors = np.hstack([error(each) for each in found])
         axis.errorbar(places, [each.value for each in found], yerr=errors, color=COLOURS[model], linestyle="none", capsize=3)
         axis.plot(places, [each.value for each in found], MARKERS[model], color=COLOURS[model], label=model)
-    axis.set_xticks(range(len(groups)), [name.replace("$", r"\$") for name in groups])  # no formula
+    axis.set_xticks(range(len(groups)), [(subset or "all").replace("$", r"\$") for subset in groups])  # no formula
     axis.set_xlim(-0.5, len(groups) - 0.5)
     dress(axis, "Test perplexity", "", "perplexity (log scale)")
     axis.set_yscale("log")

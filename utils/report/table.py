@@ -13,6 +13,7 @@ from utils.report.numbers import NO_INTERVAL, Number
 from utils.run.artifacts import published, write_json
 
 Cell = str | Number | None
+FORMULA = ("=", "+", "-", "@")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Table:
             yield from ((f"{self.name}/{words}/{column}", cell) for column, cell in row.items() if isinstance(cell, Number))
 
     def frame(self) -> pd.DataFrame:
-        """Full precision; a number has three columns: value, <name>_low, <name>_high. A p-value or a count has one."""
+        """Full precision; a number has three columns: value, <name>_low, <name>_high. A p-value or a count has one. A word that a
+        spreadsheet would take for a formula gets an apostrophe."""
         plain = {column for row in self.rows for column, cell in row.items() if isinstance(cell, Number) and cell.unit in NO_INTERVAL}
         return pd.DataFrame([dict(_flat(row, plain)) for row in self.rows])
 
@@ -49,7 +51,8 @@ class Table:
 def _flat(row: dict[str, Cell], plain: set[str]) -> Iterator[tuple[str, Any]]:
     numeric = (Number, type(None))
     for column, cell in row.items():
-        yield column, cell.value if isinstance(cell, Number) else cell
+        word = f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+        yield column, cell.value if isinstance(cell, Number) else word
         if isinstance(cell, numeric) and column not in plain:
             yield from ((f"{column}_{bound}", getattr(cell, bound, None)) for bound in ("low", "high"))
 

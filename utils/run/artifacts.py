@@ -10,13 +10,36 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from utils.run.errors import InputError, Unreadable
 
 TEMPORARY = ".tmp-"
 SEAL = "sha256_of_the_rest"
+_PART = r"([^/.][^/]*|\.[^/.][^/]*|\.\.[^/]+)"
+Name = Annotated[str, Field(pattern=rf"^(\.|{_PART}(/{_PART})*)$")]  # of a file below a folder, never outside of it; "." is the file itself
+
+
+class Facts(TypedDict):
+    """What an inventory says of a file."""
+
+    sha256: str
+    bytes: int
+
+
+Inventory = dict[Name, Facts]
+
+
+class Listed(TypedDict):
+    """A file with an inventory."""
+
+    files: Inventory
 
 
 def sync(path: Path) -> None:
@@ -94,8 +117,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, cure: str = "remove it to have it made again") -> Any:
-    """Raises InputError, with what to do, for what is no JSON file, and Unreadable for one that cannot be read now."""
+MADE_AGAIN = "remove it to have it made again"
+
+
+def read_json(path: Path, shape: Any = Any, cure: str = MADE_AGAIN) -> Any:
+    """The value in a JSON file if it has the type `shape`, as pydantic understands it; of a dataclass an instance.
+
+    Raises InputError, with what to do, for what is no such file, and Unreadable for one that cannot be read now.
+    """
+    return _shaped(path, _parsed(path, cure), shape, cure)
+
+
+def _parsed(path: Path, cure: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -106,29 +139,46 @@ def read_json(path: Path, cure: str = "remove it to have it made again") -> Any:
         raise Unreadable(f"{path}: cannot be read ({error.strerror}); give access, or wait for the disk, then run again") from None
 
 
+def _shaped(path: Path, value: Any, shape: Any, cure: str) -> Any:
+    try:
+        made = _checked(shape).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))[:80]
+        raise InputError(f"{path}: expected a file of ours, found {place!r}: {fault['msg']}; {cure}") from None
+    return made if is_dataclass(shape) else value
+
+
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     """Write strict JSON that carries its own checksum: for what no manifest vouches for."""
     write_json(path, {**value, SEAL: value_digest(value)})
 
 
-def read_sealed(path: Path, cure: str = "remove it to have it made again", always: bool = True) -> Any:
+def read_sealed(path: Path, shape: Any = Any, cure: str = MADE_AGAIN, always: bool = True) -> Any:
     """As `read_json`; InputError also for what is not as it was written. Unless `always`, a file without a checksum is taken as it is."""
-    value = read_json(path, cure)
+    value = _parsed(path, cure)
     seal = value.pop(SEAL, None) if isinstance(value, dict) else None
     if (always or seal is not None) and seal != value_digest(value):
         raise InputError(f"{path}: expected what its own checksum stands for, found a damaged file; {cure}")
-    return value
+    return _shaped(path, value, shape, cure)
 
 
-def left_behind(path: Path) -> Any:
+def left_behind(path: Path, shape: Any = Any) -> Any:
     """What an earlier start wrote with `write_sealed`; None if there is nothing, and if it is damaged, which is said."""
     try:
-        return read_sealed(path) if path.exists() else None
+        return read_sealed(path, shape) if path.exists() else None
     except Unreadable:
         raise
     except InputError as error:
         print(f"  {error.args[0].rpartition(';')[0]}; it is made again")
         return None
+
+
+@lru_cache
+def _checked(shape: Any) -> TypeAdapter[Any]:
+    if is_dataclass(shape):
+        with_config(ConfigDict(extra="forbid"))(shape)  # type: ignore[type-var]
+    return TypeAdapter(shape)
 
 
 def files_below(path: Path) -> list[Path]:
@@ -154,12 +204,12 @@ def value_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def inventory(path: Path) -> dict[str, dict[str, Any]]:
+def inventory(path: Path) -> Inventory:
     """{relative name: {sha256, bytes}} of a file (name ".") or of every file of a folder."""
-    return {file.relative_to(path).as_posix(): {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in files_below(path)}
+    return {file.relative_to(path).as_posix(): Facts(sha256=file_digest(file), bytes=file.stat().st_size) for file in files_below(path)}
 
 
-def damage(path: Path, expected: dict[str, dict[str, Any]], contents: bool = True) -> str | None:
+def damage(path: Path, expected: Inventory, contents: bool = True) -> str | None:
     """What is wrong with a file or folder against its inventory, in words; None if it is intact. Without `contents` by size alone."""
     for name, facts in expected.items():
         file = path if name == "." else path / name

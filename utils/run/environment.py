@@ -11,8 +11,15 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
+from utils.run.errors import InputError
+
 REVISION = "REVISION"  # of code that was copied out of its checkout
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "scipy")
+
+
+def keep_others_from_writing() -> None:
+    """Whatever this process and its children make from here on, other users may not write to it, however lax the user's umask is."""
+    os.umask(os.umask(0o077) | 0o002)
 
 
 def now() -> str:
@@ -48,6 +55,14 @@ def code_revision() -> str:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def number(name: str, otherwise: int = 0) -> int:
+    """A variable of the environment that is a whole number, or empty. Raises InputError for anything else."""
+    text = os.environ.get(name, "")
+    if text and not (text.isascii() and text.isdecimal() and len(text) < 19):
+        raise InputError(f"{name}={text[:60]!r} in the environment, expected a whole number; correct or unset it")
+    return int(text) if text else otherwise
 
 
 def restarted() -> bool:

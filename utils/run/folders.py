@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import category
 
 from configs.schema import Paths
 from utils.run.errors import InputError
@@ -46,6 +47,10 @@ class Folders:
 
 
 def _absolute(path: Path) -> Path:
+    if any(category(each) in ("Cc", "Cs") for each in str(path)):  # Cs: bytes that are no UTF-8
+        raise InputError(
+            f"paths: found {str(path)!r}, expected UTF-8 without line ends and other control characters; choose another folder"
+        )
     try:
         return path.expanduser().resolve()
     except RuntimeError as error:

@@ -71,6 +71,11 @@ class Listing:
     commit: str
     files: dict[str, Facts]
 
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if {"", ".", ".."}.intersection(name.split("/")):
+                raise InputError(f"found the name {name!r} in a repository's listing, expected files below it; trust it no more")
+
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """Names that fit a pattern or lie below a folder of that name, in order; a pattern's * does not cross folders."""
         return [name for name in sorted(self.files) if any(_fits(name, pattern) for pattern in patterns)]
@@ -177,10 +182,10 @@ def _cache_folder(repository: Repository, folder: Path) -> Path:
 
 def _stored(place: Path) -> Listing | None:
     try:
-        stored = read_json(place)
-        return Listing(stored["commit"], {name: Facts(**facts) for name, facts in stored["files"].items()})
-    except (InputError, KeyError, TypeError, AttributeError):
+        listed: Listing = read_json(place, Listing)
+    except InputError:
         return None
+    return listed
 
 
 def _ask(repository: Repository) -> Listing:

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from utils.run.artifacts import remove, write_text
+from utils.run.environment import number
 from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
 from utils.run.preemption import SIGNALS, Stop, die_with_parent
 from utils.run.trouble import explained
@@ -44,7 +45,7 @@ def place() -> tuple[int, int, int]:
     """(rank, number of processes, number on this node) as torchrun or srun say."""
     for names in PLACES:
         if all(name in os.environ for name in names):
-            rank, size, local = (int(os.environ[name]) for name in names)
+            rank, size, local = map(number, names)
             return rank, size, local
     raise InputError(f"found neither {', '.join(PLACES[0])} nor {', '.join(PLACES[1])} in the environment; start with torchrun or srun")
 
@@ -54,8 +55,8 @@ def of_several(work: Callable[[], None]) -> int:
     die_with_parent()
     if os.environ.get("LAUNCHED_BY", str(os.getppid())) != str(os.getppid()):
         return FAILED  # it died before, and its successor may be at work
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     try:
         work()
     except StoppedInTime as reason:
@@ -102,9 +103,9 @@ def launch(module: str, arguments: Sequence[str], count: int, state: Path, stop:
 def _commands(command: list[str], count: int) -> list[tuple[list[str], dict[str, str]]]:
     """What to start, with what in the environment: one line for each process, or one srun for all of them."""
     meeting = {"MASTER_PORT": str(_free_port())}
-    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    nodes = number("SLURM_JOB_NUM_NODES", 1)
     if nodes > 1:
-        share = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) // count)
+        share = max(1, number("SLURM_CPUS_ON_NODE", 1) // count)
         tasks = [f"--nodes={nodes}", f"--ntasks={nodes * count}", f"--ntasks-per-node={count}", f"--cpus-per-task={share}"]
         return [(["srun", *tasks, "--kill-on-bad-exit=1", "--label", *command], meeting | {"MASTER_ADDR": socket.gethostname()})]
     meeting |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(count), "LAUNCHED_BY": str(os.getpid())}

@@ -58,7 +58,7 @@ def locked(folder: Path, *, queue: Stop | None = None, shared: bool = False) -> 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
     """Whether this process has the lock of the file `path`, for as long as the block runs. It does not wait."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = _file(path)
     try:
         yield _taken(handle)
     finally:
@@ -94,12 +94,17 @@ def _opened(path: Path) -> int:
             make_folder(path.parent)
         except FileNotFoundError as error:  # a place like /proc, where the kernel knows no folders of ours
             raise PermissionError(errno.EACCES, "no folder can be made here", str(path.parent)) from error
-        try:
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError as error:
-            if path.is_symlink():
-                raise PermissionError(errno.EACCES, "nothing can be made here", str(path)) from error
-            # else the folder was moved aside just now
+        with suppress(FileNotFoundError):  # the folder was moved aside just now
+            return _file(path)
+
+
+def _file(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InputError(f"{path}: found a link, expected a file of ours, which is emptied; find out who made it") from None
 
 
 def _same(handle: int, path: Path) -> bool:

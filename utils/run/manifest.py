@@ -6,39 +6,65 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.run.artifacts import damage, inventory, read_sealed, settle, value_digest, write_sealed
+from typing_extensions import TypedDict
+
+from utils.run.artifacts import Inventory, Name, damage, inventory, read_sealed, settle, value_digest, write_sealed
 from utils.run.environment import code_revision, host, now, versions
-from utils.run.errors import InputError
 
 STARTED = "started.json"
 MANIFEST = "manifest.json"
 
 
+class Identity(TypedDict):
+    """What a stage works on: what differs makes it another work."""
+
+    stage: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, str]
+
+
+class Start(TypedDict):
+    code_revision: str
+
+
+class Started(TypedDict):
+    identity: Identity
+    starts: list[Start]
+
+
+class Output(TypedDict):
+    path: Name
+    files: Inventory
+
+
+class Complete(Started):
+    finished: str
+    outputs: dict[str, Output]
+
+
 def begin(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Note one more start in the folder; return the notes. The identity (stage, config, inputs) must agree with the one there."""
     path = folder / STARTED
-    notes: dict[str, Any] = read_sealed(path, always=False) if path.exists() else {"identity": identity, "starts": []}
+    notes: dict[str, Any] = read_sealed(path, Started, always=False) if path.exists() else {"identity": identity, "starts": []}
     notes["starts"].append({"at": now(), "code_revision": code_revision(), **host()})
     write_sealed(path, notes)
     return notes
 
 
 def started(folder: Path) -> dict[str, Any] | None:
-    return _load(folder / STARTED, "put a copy of it back, since it says what the work beside it was made from", "identity", "starts")
+    return _load(folder / STARTED, Started, "put a copy of it back, since it says what the work beside it was made from")
 
 
 def completed(folder: Path) -> dict[str, Any] | None:
     """The manifest, if the stage is complete."""
-    return _load(folder / MANIFEST, "remove it to have the stage done again", "identity", "outputs")
+    return _load(folder / MANIFEST, Complete, "remove it to have the stage done again")
 
 
-def _load(path: Path, cure: str, *keys: str) -> dict[str, Any] | None:
+def _load(path: Path, shape: Any, cure: str) -> dict[str, Any] | None:
     if not (path.exists() or path.is_symlink()):
         return None
-    value = read_sealed(path, cure, always=False)  # earlier versions wrote none
-    if not isinstance(value, dict) or not set(keys) <= set(value):
-        raise InputError(f"{path}: expected the keys {', '.join(keys)}; the file is not one of ours, move it away and run again")
-    return value
+    return read_sealed(path, shape, cure, always=False)  # earlier versions wrote no checksum
 
 
 def complete(folder: Path, notes: Mapping[str, Any], outputs: Mapping[str, str], seconds: float) -> None:

@@ -66,6 +66,8 @@ def _cause(error: Exception) -> Cause | None:
         return Cause("the hub has no such revision of it; check the revision")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return Cause("the hub has no such file in it; check the path")
+    if isinstance(error, UnicodeEncodeError):
+        return Cause("the token holds a character that no token has; correct or remove HF_TOKEN")
     if isinstance(error, errors.HfHubHTTPError):
         return _of_status(error.response.status_code, error.response.headers.get("retry-after", ""))
     if isinstance(error, errors.LocalEntryNotFoundError):
@@ -85,7 +87,7 @@ def _of_status(status: int, retry_after: str) -> Cause:
     if status == 403:
         return Cause("the hub refuses access (403); check the rights of your token")
     if status == 429:
-        wait = float(retry_after) if retry_after.isdigit() else 0.0
+        wait = float(retry_after) if retry_after.isdecimal() else 0.0
         return Cause("the hub is asked too often from here (429); wait some minutes, or give a token in HF_TOKEN", True, wait)
     if status >= 500:
         return Cause(f"the hub has a fault of its own ({status}); try again later", passing=True)

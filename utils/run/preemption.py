@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import time
 from types import FrameType
@@ -16,6 +17,12 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 MARGIN = 300.0  # seconds to save the state of a billion parameters on a slow file system
 
 
+def job_end() -> float | None:
+    """When the job around this process ends, epoch seconds; None where nobody says so, or not in seconds."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(end) if re.fullmatch("[0-9]{1,12}", end) else None
+
+
 class Stop:
     """The flag. It rises by itself some time before the job's end (SLURM_JOB_END_TIME, epoch seconds), for sites that send no signal.
 
@@ -24,11 +31,10 @@ class Stop:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
         self.deadline: float | None = None
-        if end.isdigit():
+        if (end := job_end()) is not None:
             clock = time.time()
-            left = float(end) - clock
+            left = end - clock
             left -= min(MARGIN, max(0.0, left / 4))
             self.deadline, self._until = clock + left, time.monotonic() + left  # the clock of the day may be set back meanwhile
 

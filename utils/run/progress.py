@@ -10,11 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from typing_extensions import NotRequired, TypedDict
 
 from utils.run.artifacts import write_json
 from utils.run.environment import now
 
 REPORT_EVERY = 10.0  # seconds between two reports to the file that others read
+
+
+class Reported(TypedDict):
+    """What progress.json says. Rates and times may not be known yet."""
+
+    label: str
+    done: int
+    total: int
+    note: str
+    tokens_per_second: float | None
+    seconds_left: float | None
+    deadline: NotRequired[float | None]
+    fits: NotRequired[bool | None]
 
 
 class Report:

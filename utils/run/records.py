@@ -21,10 +21,10 @@ def read_rows(path: Path) -> list[Row]:
     """All rows of a finished file. A damaged line raises InputError with its number."""
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise InputError(f"{path}, line {number}: found {line[:60]!r}, expected a JSON object; run its stage again") from None
+        row = _row(line)
+        if row is None:
+            raise InputError(f"{path}, line {number}: found {line[:60]!r}, expected a JSON object; run its stage again")
+        rows.append(row)
     return rows
 
 
@@ -90,14 +90,19 @@ def whole_lines(path: Path) -> list[tuple[bytes, Row]]:
     lines: list[tuple[bytes, Row]] = []
     data = path.read_bytes() if path.exists() else b""
     for line in data.splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
+        row = _row(line)
+        if row is None or not line.endswith(b"\n"):
             break
         lines.append((line, row))
     return lines
+
+
+def _row(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def grouped(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

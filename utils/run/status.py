@@ -9,10 +9,10 @@ from pathlib import Path
 
 from configs.schema import Experiment
 from utils.run import manifest
-from utils.run.artifacts import damage, read_json
+from utils.run.artifacts import Listed, damage, read_json
 from utils.run.errors import InputError
 from utils.run.folders import Folders
-from utils.run.progress import duration
+from utils.run.progress import Reported, duration
 from utils.run.stage import Stage
 
 
@@ -64,7 +64,7 @@ def _read(row: Row, folder: Path) -> None:
         row.state, row.starts = "begun", str(len(begun["starts"]))
         row.checkpoint = newest_checkpoint(folder / "state" / "checkpoints")
         if (folder / "state" / "progress.json").exists():
-            facts = read_json(folder / "state" / "progress.json")
+            facts = read_json(folder / "state" / "progress.json", Reported)
             row.progress = f"{facts['label']} {facts['done']}/{facts['total']}" + (f", {facts['note']}" if facts["note"] else "")
             row.speed = f"{facts['tokens_per_second']:,.0f}" if facts["tokens_per_second"] else ""
             row.left = duration(facts["seconds_left"]) if facts["seconds_left"] else ""
@@ -87,9 +87,9 @@ def newest_checkpoint(folder: Path) -> str:
     """Name of the newest checkpoint whose files have their sizes (their checksums are looked at when it is loaded)."""
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
-            if damage(path, read_json(path / "manifest.json")["files"], contents=False) is None:
+            if damage(path, read_json(path / "manifest.json", Listed)["files"], contents=False) is None:
                 return path.name
-        except (InputError, KeyError, TypeError, AttributeError):
+        except InputError:
             continue
     return ""
 

@@ -12,6 +12,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from utils.run.artifacts import read_json, read_sealed, remove, write_sealed
 from utils.run.errors import InputError
 from utils.run.lock import claimed
@@ -23,6 +25,16 @@ POLL_SECONDS = 0.2
 TELL_SECONDS = 5.0  # between two looks at how far the others are
 
 Step = Callable[[], None]
+
+
+class Begun(TypedDict):
+    """What is under way in a unit, beside what its own work keeps there."""
+
+    steps: int
+
+
+class Done(TypedDict):
+    rows: list[Row]
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ def done_in(folder: Path) -> set[str]:
 
 def rows_in(folder: Path, units: Iterable[Unit]) -> list[Row]:
     """All rows, in the order of the units."""
-    return [row for unit in units for row in read_sealed(folder / f"{unit.name}.done")["rows"]]
+    return [row for unit in units for row in read_sealed(folder / f"{unit.name}.done", Done)["rows"]]
 
 
 class Share:
@@ -140,5 +152,5 @@ class Share:
                 made += unit.steps
             elif unit.name in begun:
                 with suppress(InputError):  # done in this moment
-                    made += read_json(self.folder / f"{unit.name}.json")["steps"]
+                    made += read_json(self.folder / f"{unit.name}.json", Begun)["steps"]
         return made, sum(unit.steps for unit in units)

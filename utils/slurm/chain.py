@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from configs.cluster import Cluster
 from configs.presets import ConfigError
 from configs.schema import Experiment
@@ -18,6 +20,7 @@ from utils.run.errors import InputError
 from utils.run.folders import Folders
 from utils.run.lock import locked
 from utils.run.preemption import Stop
+from utils.run.progress import Reported
 from utils.run.stage import Stage, standing
 from utils.slurm import client, snapshot
 from utils.slurm.client import Job
@@ -25,6 +28,15 @@ from utils.slurm.plan import Key, Queued, Submission, dependency, inputs
 
 JOB_NAME = re.compile(r"job_([0-7])_\w+")
 SHARE_NAME = re.compile(r"share_([0-7])_\w+")
+
+
+class Submitted(TypedDict):
+    """A job in jobs.json. Of an array, a task for each seed."""
+
+    stage: int
+    job: str
+    seeds: list[int]
+    tasks: list[int]
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ class Chain:
 
     def recorded(self) -> list[dict[str, Any]]:
         """Every job submitted so far, oldest first."""
-        return list(read_json(self.record)) if self.record.exists() else []
+        return list(read_json(self.record, list[Submitted])) if self.record.exists() else []
 
     def note(self, stage: Stage, job: str, seeds: Sequence[int], tasks: Sequence[int], by: str) -> None:
         with locked(self.record.with_name("record"), queue=Stop()):
@@ -212,7 +224,7 @@ class Chain:
 
 def _position(file: Path) -> list[Any] | None:
     try:
-        facts = read_json(file)
+        facts = read_json(file, Reported)
         return [facts["label"], facts["done"]]
-    except (InputError, KeyError, TypeError):
+    except InputError:
         return None

@@ -105,8 +105,8 @@ def out_of_service() -> list[str]:
 
 
 def _words(line: str) -> dict[str, str]:
-    """The Name=value words of one line of scontrol."""
-    return dict(word.split("=", 1) for word in line.split() if "=" in word)
+    """The Name=value words of one line of scontrol. The first of a name counts: paths and comments, which the user may name, come last."""
+    return dict(reversed([word.split("=", 1) for word in line.split() if "=" in word]))
 
 
 def requeue(job: str) -> None:

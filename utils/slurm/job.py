@@ -9,7 +9,9 @@ from pathlib import Path
 
 from configs.schema import Experiment
 from utils.run.artifacts import read_json, remove, write_json
+from utils.run.environment import number
 from utils.run.errors import FAILED, STOPPED, InputError
+from utils.run.preemption import job_end
 from utils.run.progress import duration
 from utils.run.stage import Stage, Task
 from utils.slurm import client
@@ -22,8 +24,10 @@ PATIENCE = 60.0  # seconds in which a controller that is away may come back
 
 def own_id() -> str:
     """17, or 17_2 for task 2 of array 17."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+    if not number("SLURM_JOB_ID"):
+        raise InputError("found no SLURM_JOB_ID in the environment: this is for the inside of a job; submit one: bash run_all.sh")
+    array, tasks = number("SLURM_ARRAY_JOB_ID"), own_tasks()
+    return f"{array}_{tasks[0]}" if array and tasks else str(number("SLURM_JOB_ID"))
 
 
 def _number() -> str:
@@ -32,8 +36,7 @@ def _number() -> str:
 
 def own_tasks() -> tuple[int, ...]:
     """Position in the run's list of seeds; empty for a plain job."""
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    return (int(task),) if task else ()
+    return (number("SLURM_ARRAY_TASK_ID"),) if os.environ.get("SLURM_ARRAY_TASK_ID") else ()
 
 
 def own_seeds(chain: Chain, stage: Stage) -> tuple[int, ...]:
@@ -73,8 +76,8 @@ def arrive(chain: Chain, stage: Stage, seeds: Sequence[int]) -> None:
 
 
 def _say_limits() -> None:
-    end = os.environ.get("SLURM_JOB_END_TIME", "")
-    left = f"{duration(max(0.0, float(end) - time.time()))} to the time limit; " if end.isdigit() else ""
+    end = job_end()
+    left = "" if end is None else f"{duration(max(0.0, end - time.time()))} to the time limit; "
     print(f"  {left}asked by SIGUSR1, or when the limit is near, the stage saves and the job queues itself again", flush=True)
 
 
@@ -124,7 +127,7 @@ def leave(chain: Chain, stage: Stage, seeds: Sequence[int]) -> int:
     if state["JobState"] != "RUNNING" and state.get("Reason") != "TimeLimit":
         print(f"stopped as {state['JobState']}, not by the time limit: not queued again. To go on: bash run_all.sh --resume")
         return STOPPED
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + int(os.environ.get("JOB_RESTARTS") or 0)
+    restarts = number("SLURM_RESTART_COUNT") + number("JOB_RESTARTS")
     if restarts >= chain.cluster.max_restarts:
         print(f"restarted {restarts} times, as often as the cluster file allows (max_restarts). To go on anyway: bash run_all.sh --resume")
         return FAILED

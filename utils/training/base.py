@@ -39,6 +39,7 @@ def base_cache(config: Experiment, root: Path, tokens: Path, stop: Stop) -> Path
             pretrain(config, shape, tokens, target, state, stop)
         else:
             model, commit = fetch_pretrained(config.model, root, stop)
+            _refuse_unknown_ids(config.model, model.config.vocab_size, tokens / "tokens")
             save_model(model, target / "model")
             commits = {}
             for number, earlier in enumerate(_earlier(config.model)):
@@ -49,6 +50,17 @@ def base_cache(config: Experiment, root: Path, tokens: Path, stop: Stop) -> Path
         write_json(target / "earlier" / "index.json", {"oldest_first": kept})
 
     return cached(root, "base", description, build, stop)
+
+
+def _refuse_unknown_ids(model: Model, rows: int, tokens: Path) -> None:
+    """A tokenizer may have got entries, an end-of-text say, that the model has no embedding for."""
+    splits = [Tokens(folder) for folder in sorted(tokens.iterdir())]
+    largest = max(max(int(split.ids.max()), split.end_of_text) for split in splits)
+    if largest >= rows:
+        raise InputError(
+            f"model.name={model.name!r}: its tokenizer gives the id {largest}, expected ids below {rows}, the model's number of "
+            "embeddings; name a model with its own tokenizer"
+        )
 
 
 def _earlier(model: Model) -> list[Model]:

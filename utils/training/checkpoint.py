@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from utils.run.artifacts import damage, inventory, published, read_json, remove, sweep_temporaries, sync, write_json
+from utils.run.artifacts import Listed, damage, inventory, published, read_json, remove, sweep_temporaries, sync, write_json
 from utils.run.errors import InputError, Unreadable
 from utils.training.distributed import ALONE, World, local, whole
 from utils.training.parts import assembled, header, offset
@@ -198,7 +198,7 @@ class Checkpoints:
         for path in reversed(self._paths()):
             fault = self._fault([path])
             if fault is None:
-                state = TrainState(**read_json(path / "state.json"))
+                state: TrainState = read_json(path / "state.json", TrainState)
                 best = self._path(state.best_step)
                 fault = self._fault([best], (MODEL, "state.json")) if state.best_nll is not None and best != path else None
                 if fault is None:
@@ -210,8 +210,9 @@ class Checkpoints:
     def glimpse(self) -> TrainState | None:
         """What the newest checkpoint says of itself, without reading its tensors; None if there is none that can be read."""
         try:
-            return TrainState(**read_json(self._paths()[-1] / "state.json"))
-        except (IndexError, InputError, TypeError):
+            glimpsed: TrainState = read_json(self._paths()[-1] / "state.json", TrainState)
+            return glimpsed
+        except (IndexError, InputError):
             return None
 
     def model_tensors(self, step: int, like: Named | None = None) -> dict[str, Tensor]:
@@ -236,7 +237,7 @@ class Checkpoints:
     def _fault(self, paths: Iterable[Path], names: Iterable[str] | None = None) -> str | None:
         """What is wrong with checkpoints, or with some of their files, in words; None if they are intact. Files are read side by side."""
         try:
-            listed = {path / name: facts for path in paths for name, facts in read_json(path / "manifest.json")["files"].items()}
+            listed = {path / name: facts for path in paths for name, facts in read_json(path / "manifest.json", Listed)["files"].items()}
             kinds = {file: (path, _kind(file.relative_to(path).as_posix())) for path in paths for file in listed if path in file.parents}
             chosen = set(kinds.values()) if names is None else {(path, _kind(name)) for path in paths for name in names}
             if missing := chosen - set(kinds.values()):
@@ -246,7 +247,7 @@ class Checkpoints:
                 faults = list(pool.map(lambda item: damage(item[0], {".": item[1]}), wanted.items()))
         except Unreadable:
             raise
-        except (InputError, KeyError, TypeError, AttributeError) as error:
+        except (InputError, KeyError) as error:
             return f"its manifest is not readable ({error})"
         self._intact |= chosen - {kinds[file] for file, fault in zip(wanted, faults, strict=True) if fault is not None}
         return next(filter(None, faults), None)
@@ -260,7 +261,9 @@ class Checkpoints:
     def _prune(self) -> None:
         """Keep the last ones, and the best one that each of them points to."""
         last = self._paths()[-self.keep_last :]
-        kept = set(last) | {self._path(read_json(path / "state.json")["best_step"]) for path in last if (path / "state.json").is_file()}
+        kept = set(last) | {
+            self._path(read_json(path / "state.json", TrainState).best_step) for path in last if (path / "state.json").is_file()
+        }
         for path in self._paths():
             if path not in kept:
                 remove(path)

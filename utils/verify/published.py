@@ -73,7 +73,7 @@ def tokenizer(look: Look) -> Finding:
         if look.mode == "offline" and (fault := faults(look, repository, look.listing(repository), names)):
             return "no", fault
         folder = next(iter(hub.fetch(repository, names, look.root, look.stop).paths.values())).parent
-    words = AutoTokenizer.from_pretrained(folder, local_files_only=True, **inside)
+    words = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **inside)
     text = "def Monotone(x):\n    return x  # größer, 漢字"
     if words.eos_token_id is None:
         return "no", "it has no end-of-text token, which stands between documents"

@@ -304,6 +304,7 @@ def test_the_base_is_built_once(scratch: tuple[Experiment, Path], tmp_path: Path
 
 def test_a_published_base_is_copied(tiny: Experiment, stored: Path, tmp_path: Path) -> None:
     model = tiny.model.model_copy(update={"source": "pretrained", "name": str(stored / "base"), "scratch": None})
+    write_tokens(tmp_path / "tokens" / "train", 200)
     found = base_cache(tiny.model_copy(update={"model": model}), tmp_path / "cache", tmp_path, Stop())
     origin = json.loads((found / "origin.json").read_text())
     assert origin["name"] == str(stored / "base")

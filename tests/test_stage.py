@@ -226,13 +226,13 @@ def test_state_that_is_a_link_to_nothing_is_named(own_folders: Path, capsys: pyt
     assert f"cannot write or read {rows}: No such file" in capsys.readouterr().err
 
 
-def test_a_lock_that_is_a_link_to_nothing_is_named(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lock_that_is_a_link_is_refused(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(NUMBERS)
     lock = folder_of(NUMBERS, own_folders) / ".lock"
     lock.unlink()
     lock.symlink_to("nowhere/lock")
-    assert run(NUMBERS) == FAILED
-    assert f"cannot write or read {lock}: nothing can be made here" in capsys.readouterr().err
+    assert run(NUMBERS) == REFUSED
+    assert f"{lock}: found a link" in capsys.readouterr().err
 
 
 def test_manifest_without_a_declared_output_is_refused(own_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:

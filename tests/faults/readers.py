@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
+from zlib import crc32
 
 import pyarrow
 import zstandard
@@ -33,12 +34,12 @@ from utils.data.tokenizer import load_tokenizer, train_tokenizer
 from utils.data.tokens import Tokens
 from utils.models.loading import load_model, save_model
 from utils.run import hub
-from utils.run.artifacts import read_json
+from utils.run.artifacts import SEAL, left_behind, read_json, value_digest
 from utils.run.cache import cached
 from utils.run.errors import DONE, REFUSED
 from utils.run.folders import Folders
 from utils.run.preemption import Stop
-from utils.run.records import Records, json_line, read_rows
+from utils.run.records import Records, json_line
 from utils.slurm import client, job
 from utils.slurm.status import report
 from utils.training.checkpoint import Checkpoints
@@ -72,14 +73,31 @@ def readers(folder: Path) -> list[Reader]:
     ]
 
 
-def _of_file(name: str, kind: Kind, valid: list[bytes], path: Path, look: Callable[[Path], object], share: float = 1.0) -> Reader:
+def _of_file(
+    name: str, kind: Kind, valid: list[bytes], path: Path, look: Callable[[Path], object], share: float = 1.0, sealed: bool = False
+) -> Reader:
+    """With `sealed` what was changed gets the checksums that it needs to be looked at."""
 
     def put(given: bytes) -> object:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(given)
+        path.write_bytes(_sealed(given, kind) if sealed else given)
         return look(path)
 
     return Reader(name, kind, valid, put, path.name, share)
+
+
+def _sealed(given: bytes, kind: Kind) -> bytes:
+    if kind == "lines":
+        return b"".join(line + b"\t%08x\n" % crc32(line) for line in given.splitlines())
+    try:
+        value = json.loads(given)
+        return json.dumps(value | {SEAL: value_digest(value)}).encode() if isinstance(value, dict) else given
+    except (ValueError, RecursionError):
+        return given
+
+
+def _unsealed(path: Path) -> bytes:
+    return json.dumps({key: part for key, part in json.loads(path.read_bytes()).items() if key != SEAL}).encode()
 
 
 def _configurations(folder: Path) -> list[Reader]:
@@ -145,7 +163,7 @@ def _marks(folder: Path) -> list[Reader]:
         assert codes != {DONE} or read_json(made / "squares.json") == SQUARES_OF_42
 
     return [
-        _of_file(f"mark: {path.name}", "json", [path.read_bytes()], path, begun, 0.5)
+        _of_file(f"mark: {path.name}", "json", [_unsealed(path)], path, begun, 0.5, sealed=True)
         for path in (whole / "manifest.json", made / "started.json")
     ]
 
@@ -162,8 +180,9 @@ def _states(folder: Path) -> list[Reader]:
     search = asdict(SearchState(0, beam=[{"trigger": [1, 2], "objective": 1.0}], by_sweep=[1.0]))
 
     def records(path: Path) -> None:
-        list(Records(path).pending([rows[:2], rows[2:4], rows[4:]]))
-        read_rows(path)
+        there = Records(path)
+        list(there.pending([rows[:2], rows[2:4], rows[4:]]))
+        there.rows()
 
     def checkpoints(path: Path) -> None:
         given = path.read_bytes()
@@ -174,16 +193,22 @@ def _states(folder: Path) -> list[Reader]:
         there.glimpse()
         assert there.newest() is not None
 
+    def flips_of(path: Path) -> object:
+        return left_behind(path, Flips)
+
+    def search_of(path: Path) -> object:
+        return SearchState.stored(path, 0)
+
     def cache(path: Path) -> None:
         cached(folder, "thing", {}, lambda target, state: (target / "a").write_text("a") and None, Stop())
 
     return [
-        _of_file("records", "lines", [lines], folder / "records.jsonl", records),
+        _of_file("records", "lines", [lines], folder / "records.jsonl", records, sealed=True),
         _of_file("checkpoint: manifest", "json", [(step / "manifest.json").read_bytes()], step / "manifest.json", checkpoints, 0.5),
         _of_file("checkpoint: state", "json", [(step / "state.json").read_bytes()], step / "state.json", checkpoints, 0.5),
         _of_file("cache: manifest", "json", [(entry / "manifest.json").read_bytes()], entry / "manifest.json", cache, 0.5),
-        _of_file("flips under way", "json", [json.dumps(flips).encode()], folder / "flips.json", lambda path: read_json(path, Flips)),
-        _of_file("trigger search", "json", [json.dumps(search).encode()], folder / "uat.json", lambda path: SearchState.stored(path, 0)),
+        _of_file("flips under way", "json", [json.dumps(flips).encode()], folder / "flips.json", flips_of, sealed=True),
+        _of_file("trigger search", "json", [json.dumps(search).encode()], folder / "uat.json", search_of, sealed=True),
     ]
 
 
@@ -207,7 +232,7 @@ def _tokens(folder: Path) -> list[Reader]:
 
     words = train_tokenizer(iter(["a few words", "and more of them"]), 300).to_str().encode()
     return [
-        _of_file("tokens: index", "json", [index.read_bytes()], index, taken_up),
+        _of_file("tokens: index", "json", [_unsealed(index)], index, taken_up, sealed=True),
         _of_file("attack texts", "json", [json.dumps(texts).encode()], folder / "attack_texts.json", read_attack_texts),
         _of_file("tokenizer", "json", [words], folder / "words" / "tokenizer.json", lambda path: load_tokenizer(path.parent), 0.2),
     ]

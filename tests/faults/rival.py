@@ -25,7 +25,7 @@ from utils.run import lock, stage
 from utils.run.artifacts import read_json, write_json
 from utils.run.cache import cached
 from utils.run.preemption import Stop
-from utils.run.records import Records, grouped, read_rows
+from utils.run.records import Records, grouped
 from utils.run.stage import Context, set_aside
 
 BEAT, SILENT, SETTLE = 0.1, 2.0, 0.5  # seconds, in place of the program's own
@@ -89,7 +89,7 @@ class Rival:
                 self.wait()
                 time.sleep(SQUARE_SECONDS * self.told["slow"])
                 records.append({"number": number, "square": number ** self.told["power"]} for number in group)
-            write_json(ctx.write("squares"), read_rows(records.path))
+            write_json(ctx.write("squares"), records.rows())
 
     def total(self, ctx: Context) -> None:
         with self.noted():

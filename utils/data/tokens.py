@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from configs.schema import Count
@@ -24,6 +25,8 @@ COLUMNS = {"ends": "<i8", "bytes": "<i8", "subset": "<u2", "keys": "V16"}
 class Mark:
     """Where a shard ends: pieces of the source that were used up and those of them left out as duplicates, documents and tokens
     written, all counted from the beginning of the split, and the SHA-256 of what the shard added to the files."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     pieces: Count = 0
     duplicates: Count = 0

@@ -77,12 +77,18 @@ class Records:
         lines: list[tuple[bytes, Row]] = []
         data = self.path.read_bytes() if self.path.exists() else b""
         for line in data.splitlines(keepends=True):
-            check = CHECK.search(line)
-            if check is None or int(check[1], 16) != crc32(line[: check.start()]):
+            row = _checked_row(line)
+            if row is None:
                 print(f"  {self.path}, line {len(lines) + 1}: torn or damaged, and done again with what follows")
                 break
-            lines.append((line, json.loads(line[: check.start()])))
+            lines.append((line, row))
         return lines
+
+
+def _checked_row(line: bytes) -> Row | None:
+    """The row of a line with a checksum; None if the one is not of the other."""
+    check = CHECK.search(line)
+    return _row(line[: check.start()]) if check and int(check[1], 16) == crc32(line[: check.start()]) else None
 
 
 def whole_lines(path: Path) -> list[tuple[bytes, Row]]:

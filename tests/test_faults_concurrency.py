@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import socket
 import threading
 import time
@@ -94,6 +95,41 @@ def test_owner_that_died_on_another_machine_is_followed_by_one(machines: Machine
         list(pool.map(come, ("node-b", "node-c", "node-d")))
     assert most == 1
     assert time.monotonic() - began > lock.SILENT_SECONDS
+
+
+def test_tasks_follow_together_an_owner_that_died_on_another_machine(machines: Machines, tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("process 1 on node-a (job 17)\nnode-a\nabc\n000000000003")
+    together = threading.Barrier(3, timeout=20)
+
+    def come(name: str) -> int:
+        machines.on(name)
+        with locked(tmp_path, shared=True):
+            return together.wait()
+
+    with ThreadPoolExecutor(3) as pool:
+        assert sorted(pool.map(come, ("node-b", "node-c", "node-d"))) == [0, 1, 2]
+
+
+def test_owner_that_was_replaced_leaves_the_mark_of_its_successor(machines: Machines, tmp_path: Path) -> None:
+    machines.on("node-a")
+    with locked(tmp_path):
+        successor = Mark("process 2 on node-b", "node-b", "xyz")
+        (tmp_path / ".lock").write_text(f"{successor.words}\nnode-b\nxyz\n000000000000")
+    assert Mark.read(tmp_path / ".lock") == successor
+
+
+def test_lock_ends_with_its_block_though_a_forked_child_lives(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_of_two_marks_written_at_once_the_last_one_counts(machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,3 +121,9 @@ def test_want_of_memory_is_not_taken_for_a_damaged_model(tmp_path: Path, monkeyp
         loading.load_model(tmp_path)
     with pytest.raises(InputError, match="no such weights"):
         loading.load_model(tmp_path)
+
+
+def test_a_place_that_cannot_be_looked_at_is_told_too(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as met:
+        (tmp_path / ("a" * 300)).write_text("")
+    assert "cannot write or read" in str(explained(met.value, tmp_path))

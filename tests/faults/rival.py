@@ -52,7 +52,7 @@ class Rival:
             case "no lock":
                 lock._taken = lambda *_: True
             case "no mark":
-                lock._alive = lambda path, there, queue: False
+                lock._changed = lambda path, there, queue: None
             case "no second look at the inputs":
                 stage._made_again = lambda stage, context, pipeline: None
 

@@ -21,6 +21,8 @@ from utils.models.ffn import feed_forward
 from utils.models.likelihood import mean_nll
 from utils.models.loading import device_of, load_model, save_model
 from utils.run.artifacts import damage, inventory, left_behind, read_json, write_sealed
+from utils.run.lock import locked
+from utils.run.preemption import Stop
 
 TOKENS = 131_072  # of the validation text, on which losses are matched
 TOLERANCE = 1e-3  # nats per token
@@ -97,11 +99,12 @@ def matched_controls(
     Returns their folders, and {target_nll, baseline_nll, noise, earlier}: what was done for each, or why there is none.
     """
     stored = folder / "matched.json"
-    facts = _made_before(stored)
-    if facts is None:
-        facts = _make(config, models, earlier_models, validation_tokens, folder)
-        files = {kind: inventory(folder / kind) for kind in KINDS if isinstance(facts[kind], dict)}
-        write_sealed(stored, {"facts": facts, "files": files})
+    with locked(folder, queue=Stop()):  # several processes may find them damaged at once
+        facts = _made_before(stored)
+        if facts is None:
+            facts = _make(config, models, earlier_models, validation_tokens, folder)
+            files = {kind: inventory(folder / kind) for kind in KINDS if isinstance(facts[kind], dict)}
+            write_sealed(stored, {"facts": facts, "files": files})
     return {kind: folder / kind for kind in KINDS if isinstance(facts[kind], dict)}, facts
 
 

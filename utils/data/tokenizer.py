@@ -14,6 +14,7 @@ from utils.run.errors import InputError
 from utils.run.gguf import gguf_file
 from utils.run.hub import model_folder
 from utils.run.preemption import Stop
+from utils.run.trouble import exhausted
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -49,6 +50,8 @@ def fetch_tokenizer(model: Model, cache: Path, stop: Stop, folder: Path) -> int:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **inside)
     except Exception as error:  # whatever the library raises for a file that somebody else made
+        if exhausted(error):
+            raise
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({said}); name a model that has one"
@@ -67,6 +70,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more particular
+        if exhausted(error):
+            raise
         raise InputError(f"{path}: expected a tokenizer of the tokenizers library ({error}); name a model that has one") from None
     tokenizer.encode_special_tokens = True
     return tokenizer

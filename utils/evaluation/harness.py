@@ -25,6 +25,7 @@ from utils.run import hub
 from utils.run.errors import InputError
 from utils.run.preemption import Stop
 from utils.run.records import Row
+from utils.run.trouble import exhausted
 
 OWN = "datasets"  # folder of the items in the run's cache
 VERSION = f"lm_eval {version('lm_eval')}"
@@ -63,6 +64,8 @@ def _load(manager: TaskManager, name: str) -> dict[str, Task]:
     try:
         tasks = manager.load([name])["tasks"]
     except Exception as error:  # whatever the hub, a reader of files or a task's own code raises
+        if exhausted(error):
+            raise
         said = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"evaluate.benchmarks: the items of {name!r} cannot be had ({type(error).__name__}: {said}). Fetch them once where there is a "

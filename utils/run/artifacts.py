@@ -151,7 +151,8 @@ def _shaped(path: Path, value: Any, shape: Any, cure: str) -> Any:
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     """Write strict JSON that carries its own checksum: for what no manifest vouches for."""
-    write_json(path, {**value, SEAL: value_digest(value)})
+    written = json.loads(json.dumps(value, allow_nan=False))  # as it is read again: keys are text there
+    write_json(path, {**written, SEAL: value_digest(written)})
 
 
 def read_sealed(path: Path, shape: Any = Any, cure: str = MADE_AGAIN, always: bool = True) -> Any:

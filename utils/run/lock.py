@@ -49,9 +49,10 @@ def locked(folder: Path, *, queue: Stop | None = None, shared: bool = False) -> 
         ending.set()
         if pulse.is_alive():
             pulse.join()
-        if not shared:
-            with suppress(OSError):
+        with suppress(OSError):
+            if not shared and Mark.read(path).name in ("", mark.name):  # else another has taken the folder over
                 os.ftruncate(handle, 0)
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child that a library has forked may hold the open file too
         os.close(handle)
 
 
@@ -59,9 +60,13 @@ def locked(folder: Path, *, queue: Stop | None = None, shared: bool = False) -> 
 def claimed(path: Path) -> Iterator[bool]:
     """Whether this process has the lock of the file `path`, for as long as the block runs. It does not wait."""
     handle = _file(path)
+    taken = False
     try:
-        yield _taken(handle)
+        taken = _taken(handle)
+        yield taken
     finally:
+        if taken:
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 
@@ -125,9 +130,12 @@ def _owner(handle: int, path: Path, mark: Mark, queue: Stop | None) -> Mark | No
     if file_system(path.parent) in LOCAL_FILE_SYSTEMS:
         mark.write(handle)
         return None
-    there = Mark.read(path)
-    if there.elsewhere and _alive(path, there, queue):
-        return there
+    while (there := Mark.read(path)).elsewhere:
+        now = _changed(path, there, queue)
+        if now is None:
+            break
+        if now.name == there.name:
+            return there
     if mark.shared:
         mark.write(handle)
         return None
@@ -158,17 +166,17 @@ def _taken(handle: int, shared: bool = False) -> bool:
     return True
 
 
-def _alive(path: Path, there: Mark, queue: Stop | None) -> bool:
-    """Whether the mark changes. One that is removed has changed too: its owner has just ended."""
+def _changed(path: Path, there: Mark, queue: Stop | None) -> Mark | None:
+    """What the mark changes to: another beat of its owner, or what somebody else has written; None if it does not change."""
     print(f"  looking for {SILENT_SECONDS:.0f} s whether {there.words} is still at work in {path.parent}", flush=True)
     end = time.monotonic() + SILENT_SECONDS
     while time.monotonic() < end:
         if queue is not None:
             queue.check()
         time.sleep(POLL_SECONDS)
-        if Mark.read(path) != there:
-            return True
-    return False
+        if (now := Mark.read(path)) != there:
+            return now
+    return None
 
 
 def _live(path: Path, handle: int, mark: Mark, ending: threading.Event) -> None:

@@ -16,7 +16,7 @@ from configs.schema import Experiment
 from utils.run import manifest
 from utils.run.artifacts import remove, sweep_temporaries, sync
 from utils.run.environment import code_revision, restarted
-from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
+from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, Unreadable, WorkFailed
 from utils.run.folders import Folders
 from utils.run.lock import locked
 from utils.run.preemption import Stop
@@ -306,16 +306,15 @@ def _unusable(stage: Stage, context: Context) -> str | None:
     folder = context.folder
     try:
         done = manifest.completed(folder)
-        there = manifest.started(folder) or done
+        left = [path for path in (context.state, *map(context.write, stage.writes)) if path.exists()]
+        there = manifest.started(folder) or done  # after that look: another task may begin the same work now
+    except Unreadable:
+        raise
     except InputError as error:
         return _unreadable(error)
     if there is None:
-        left = [path for path in (context.state, *map(context.write, stage.writes)) if path.exists()]
-        return (
-            f"{left[0]} is there, but no {manifest.STARTED} says what it was made from. Move its folder aside (--discard)."
-            if left
-            else None
-        )
+        nameless = f"is there, but no {manifest.STARTED} says what it was made from. Move its folder aside (--discard)."
+        return f"{left[0]} {nameless}" if left else None
     if changed := manifest.differences(there["identity"], context.identity):
         return _another(folder, changed)
     if done and (fault := manifest.first_damage(folder, done, stage.writes)):
@@ -328,6 +327,8 @@ def _damaged(fault: str) -> str:
 
 
 def _unreadable(error: InputError) -> str:
+    if isinstance(error, Unreadable):
+        return str(error)
     return f"{error}\n  Or move the whole folder aside and start afresh (--discard)."
 
 
@@ -340,7 +341,10 @@ def _another(folder: Path, changed: Sequence[str]) -> str:
 
 def _outdated_summary(stage: Stage, context: Context) -> bool:
     """A summary over seeds is redone without asking when only its inputs changed."""
-    there = None if stage.every_seed else manifest.started(context.folder)
+    try:
+        there = None if stage.every_seed else manifest.started(context.folder)
+    except InputError:
+        return False
     changed = manifest.differences(there["identity"], context.identity) if there else []
     return bool(changed) and all(line.startswith("inputs.") for line in changed)
 

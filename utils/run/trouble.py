@@ -22,9 +22,8 @@ KEPT = "What is complete is kept"
 
 def explained(error: Exception, folder: Path | None) -> str | None:
     """Why the work in `folder` ended, and what to do; None for an error that is no fault of the machine."""
-    named = (error.filename2 or error.filename or folder) if isinstance(error, OSError) else None
-    lost = isinstance(named, str) and Path(named).is_symlink()  # a link to nothing
-    if isinstance(error, OSError) and (error.errno in DISK_TROUBLE or lost):
+    named = (error.filename2 or error.filename or folder or "a file") if isinstance(error, OSError) else ""
+    if isinstance(error, OSError) and (error.errno in DISK_TROUBLE or os.path.islink(named)):  # noqa: PTH114 - Path.is_symlink raises
         return (
             f"cannot write or read {named}: {error.strerror or error}{_inodes(error, folder)}. {KEPT}: "
             "make room or give access, or choose other folders (paths.work, paths.results, paths.cache), then run again."

@@ -261,12 +261,21 @@ class Checkpoints:
     def _prune(self) -> None:
         """Keep the last ones, and the best one that each of them points to."""
         last = self._paths()[-self.keep_last :]
-        kept = set(last) | {
-            self._path(read_json(path / "state.json", TrainState).best_step) for path in last if (path / "state.json").is_file()
-        }
+        kept = set(last) | {self._path(step) for step in map(_best_step, last) if step is not None}
         for path in self._paths():
             if path not in kept:
                 remove(path)
+
+
+def _best_step(path: Path) -> int | None:
+    """The best step that a checkpoint points to; None of one that cannot be gone on from."""
+    try:
+        state: TrainState = read_json(path / "state.json", TrainState)
+    except Unreadable:
+        raise
+    except InputError:
+        return None
+    return state.best_step
 
 
 def _kind(file: str) -> str:

@@ -84,6 +84,18 @@ def test_arrays_share_the_work_of_the_attacks(slurm: FakeSlurm, capsys: Out) -> 
     assert "0 complete, 8 queued or running" in capsys.readouterr().out
 
 
+def test_an_array_at_work_is_not_sent_again(slurm: FakeSlurm) -> None:
+    """The stage's own job was cancelled: another one waits for the array that holds the folder."""
+    assert tiny("--set", "attack_workers.tasks=2") == DONE
+    for job in ("106", "108", "109"):
+        slurm.jobs.pop(job)
+    assert main(["submit", "--resume"]) == DONE
+    names = [job.name for job in slurm.jobs.values()]
+    assert names.count("share_5_uat") == 2 and names.count("share_6_hotflip") == 2
+    waits = {slurm.jobs[job].name: slurm.waits[job] for job in slurm.waits if int(job[:3]) > 109}
+    assert waits["job_5_uat"] == "afterok:102:103,afterany:105" and waits["job_6_hotflip"] == "afterok:102:103,afterany:107"
+
+
 def test_arrays_that_share_the_work_of_several_seeds(slurm: FakeSlurm) -> None:
     """A seed's tasks stand together. They cannot wait for tasks of equal number, so they wait for whole arrays."""
     assert tiny("--seeds", "42,7", "--set", "attack_workers.tasks=2") == DONE

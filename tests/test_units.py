@@ -133,6 +133,16 @@ def test_one_that_waits_stays_until_the_others_are_done_and_one_that_does_not_le
     assert {"b.2", "sum"} <= done_in(work.folder)
 
 
+def test_a_damaged_unit_is_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = Work(tmp_path)
+    work.share().run()
+    rows, done = work.rows(), work.folder / "a.1.done"
+    done.write_text(done.read_text().replace("1", "2", 1))
+    work.share().run()
+    assert "a.1.done" in capsys.readouterr().out and work.rows() == rows
+    assert sum(line.startswith("a.1 0") for line in work.noted()) == 2
+
+
 def test_asked_to_stop_while_it_waits(tmp_path: Path) -> None:
     work, stop = Work(tmp_path), Stop()
     work.share().run()

@@ -39,7 +39,8 @@ def _row(arm: str, seeds: dict[int, Result], by_arm: dict[str, dict[int, Result]
         row["ratio to its control"] = _written(_difference(paired).map(perplexity), 4)
         row["by seed"] = ", ".join(f"{perplexity(_difference({seed: pair}).value):.3f}" for seed, pair in paired.items())
     row["HotFlip rise"] = _written(_rise([_rises(found["flips"]) for found in seeds.values()]), 3)
-    row["of ten times the candidates'"] = _share([(found["flips"], found["longer"]) for found in seeds.values()])
+    if all("longer" in found for found in seeds.values()):
+        row["of ten times the candidates'"] = _share([(found["flips"], found["longer"]) for found in seeds.values()])
     row["trigger rise"] = ", ".join(f"{found['trigger']['attacked'] - found['trigger']['clean']:.2f}" for found in seeds.values())
     met = [[relative > 0.15 for _, _, relative in found["flips"].values()] for found in seeds.values()]
     row["reference's criterion"] = f"{100 * np.mean(met):.0f} %"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from tests.fake_stages import ROOT
 from tests.slurm.cluster import Cluster, missing, running
+from utils.run.artifacts import read_sealed, write_sealed
 from utils.slurm.snapshot import CODE
 
 
@@ -109,7 +111,7 @@ def prepare(checkout: Checkout, finished: Path) -> Callable[..., Checkout]:
                 target = checkout.work / f"seed_{seed}" / stage.name
                 shutil.copytree(stage, target)
                 for notes in (target / "started.json", target / "manifest.json"):
-                    notes.write_text(notes.read_text().replace('"seed": 42', f'"seed": {seed}'))
+                    write_sealed(notes, json.loads(json.dumps(read_sealed(notes)).replace('"seed": 42', f'"seed": {seed}')))
         return checkout
 
     return upto

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from utils.run.artifacts import read_json, read_sealed, remove, write_sealed
+from utils.run.artifacts import left_behind, make_folder, read_json, read_sealed, remove, write_sealed
 from utils.run.errors import InputError
 from utils.run.lock import claimed
 from utils.run.preemption import Stop
@@ -80,7 +80,10 @@ class Share:
     def __init__(
         self, ready: Callable[[Set[str]], Sequence[Unit]], folder: Path, stop: Stop, place: Place | None = None, speaks: bool = True
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        for path in sorted(folder.glob("*.done")):
+            if left_behind(path, Done) is None:
+                path.unlink(missing_ok=True)  # another process may have seen it too
         self.ready, self.folder, self.stop, self.place, self.speaks = ready, folder, stop, place or Place(), speaks
         self.units: Sequence[Unit] = ()
         self.model = ""

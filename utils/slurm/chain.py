@@ -90,8 +90,10 @@ class Chain:
         """The submission, made to wait for the end of an array that shares its work, if there is to be one; `submit` calls sbatch."""
         if submission.stage.share is None or self.config.attack_workers.tasks == 1:
             return submission
-        waits = [submission.dependency] if submission.dependency else []
-        return replace(submission, dependency=",".join([*waits, f"afterany:{submit(self.sharing(submission))}"]))
+        keys = {(submission.stage.number, seed) for seed in submission.seeds}
+        arrays = {job.array for job, key in self.shares(client.queue()) if job.live and key in keys}  # those at work hold the folder
+        arrays = arrays or {submit(self.sharing(submission))}
+        return replace(submission, dependency=",".join(filter(None, (submission.dependency, "afterany:" + ":".join(sorted(arrays))))))
 
     def sharing(self, submission: Submission) -> list[str]:
         """Arguments of sbatch for the array that shares a stage's work."""
@@ -147,30 +149,33 @@ class Chain:
 
     def shares(self, jobs: Iterable[Job]) -> list[tuple[Job, Key]]:
         """Tasks of arrays that share a stage's work, and whose."""
-        found, tasks, seeds = [], self.config.attack_workers.tasks, self.config.seeds
+        found = []
         for job in jobs:
             named = SHARE_NAME.fullmatch(job.name)
-            if named and Path(job.comment).parent == self.folder and job.task is not None and job.task // tasks < len(seeds):
-                found.append((job, (int(named[1]), seeds[job.task // tasks])))
+            if named and Path(job.comment).parent == self.folder and job.task is not None:
+                config = self._frozen_with(job)
+                place = job.task // config.attack_workers.tasks
+                if place < len(config.seeds):
+                    found.append((job, (int(named[1]), config.seeds[place])))
         return found
 
     def keys(self, job: Job) -> list[Key]:
         """(stage, seed) pairs that a job of this run does."""
         named = JOB_NAME.fullmatch(job.name)
         assert named is not None
-        seeds = self._seeds(job)
+        seeds = self._frozen_with(job).seeds
         tasks = [job.task] if job.task is not None else range(len(seeds))
         return [(int(named[1]), seeds[task]) for task in tasks if task < len(seeds)]
 
-    def _seeds(self, job: Job) -> Sequence[int]:
-        """Seeds of the configuration that the job was frozen with."""
+    def _frozen_with(self, job: Job) -> Experiment:
+        """The configuration that the job was frozen with."""
         code = Path(job.comment)
         if code in (self.code, Path(), Path("(null)")):
-            return self.config.seeds
+            return self.config
         try:
-            return snapshot.stored(code)[0].seeds
+            return snapshot.stored(code)[0]
         except (InputError, ConfigError):
-            return self.config.seeds
+            return self.config
 
     def queued(self, jobs: Iterable[Job]) -> dict[Key, Queued]:
         """Who does what, of the jobs in the queue that still can."""
@@ -194,7 +199,8 @@ class Chain:
             if job.live and job.state == "PENDING" and needed & moved:
                 stage = self.pipeline[keys[0][0]]
                 waits = [dependency(stage, self.waits_for[stage.number], [seed for _, seed in keys], queued)]
-                if arrays := {each.array for each, key in shares if key in keys and each.array != job.array}:
+                arrays = {each.array for each, key in shares if key in keys}
+                if arrays and JOB_NAME.fullmatch(job.name):
                     waits.append("afterany:" + ":".join(sorted(arrays)))
                 client.update(job.id, Dependency=",".join(filter(None, waits)))
                 changed.append(job.id)

@@ -52,10 +52,10 @@ def own_seeds(chain: Chain, stage: Stage) -> tuple[int, ...]:
 def own_share(config: Experiment) -> tuple[int, Task]:
     """(seed, task) of this task of an array that shares a stage's work: the tasks of the first seed come first. Raises InputError for a
     number that is none of them."""
-    number, tasks = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")), config.attack_workers.tasks
-    if number >= tasks * len(config.seeds):
-        raise InputError(f"found array task {number}, expected 0 to {tasks * len(config.seeds) - 1}: attack_workers.tasks={tasks} a seed")
-    return config.seeds[number // tasks], (number % tasks, tasks)
+    own, tasks = number("SLURM_ARRAY_TASK_ID"), config.attack_workers.tasks
+    if own >= tasks * len(config.seeds):
+        raise InputError(f"found array task {own}, expected 0 to {tasks * len(config.seeds) - 1}: attack_workers.tasks={tasks} a seed")
+    return config.seeds[own // tasks], (own % tasks, tasks)
 
 
 def arrive(chain: Chain, stage: Stage, seeds: Sequence[int]) -> None:

@@ -89,7 +89,7 @@ def _settled(chain: Chain) -> list[Job]:
     end = time.monotonic() + ENDING_SECONDS
     while True:
         jobs = client.queue()
-        ending = [job.id for job in chain.own(jobs) if job.state == "COMPLETING"]
+        ending = [job.id for job in (*chain.own(jobs), *(job for job, _ in chain.shares(jobs))) if job.state == "COMPLETING"]
         if not ending or time.monotonic() > end:
             return jobs
         print(f"waiting for the end of job {', '.join(ending)}", file=sys.stderr, flush=True)

@@ -49,6 +49,19 @@ def start(
     return child
 
 
+def waited(child: int, seconds: float) -> int:
+    """Exit code of a child, negative for a signal; one that hangs so long is killed and has that of SIGALRM."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -signal.SIGALRM
+
+
 def killed_until_done(config: Experiment, number: int, seconds: float, kills: int, chance: random.Random, output: Path) -> int:
     """Run a stage, killing it `kills` times at a uniform moment of its duration; returns how many kills hit it at work.
 

@@ -126,7 +126,7 @@ def test_lock_ends_with_its_block_though_a_forked_child_lives(tmp_path: Path) ->
             os._exit(0)
     try:
         with locked(tmp_path):
-            pass
+            assert Mark.read(tmp_path / ".lock").words.startswith(f"process {os.getpid()} on ")
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -11,7 +11,8 @@ import pytest
 
 from configs.schema import Experiment
 from tests.faults.corruption import DAMAGE, Fault, Site, Trial, like_anybody, planned, sites
-from tests.faults.crash import waited
+from tests.faults.crash import HANGS
+from tests.killing import waited
 from utils.run import manifest
 
 WORK = Path("scratch/foundation_llm_work/tiny/seed_42/stage_2_train_baseline")
@@ -75,4 +76,4 @@ def test_modes_of_files_hold_for_root_too(tmp_path: Path) -> None:
             code = 0
         finally:
             os._exit(code)
-    assert waited(child) == 0
+    assert waited(child, HANGS) == 0

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from configs.schema import Experiment
-from tests.faults.crash import Bench, End, Point, lost_steps, planned, waited
+from tests.faults.crash import HANGS, Bench, End, Point, lost_steps, planned
 from tests.faults.operations import Operation, Watch
 from tests.faults.power import LOSSES, Disk, Loss, after_loss
+from tests.killing import waited
 from utils.run import artifacts, stage
 from utils.run.artifacts import make_folder, sync, write_text
 
@@ -173,7 +174,7 @@ def test_what_a_loss_of_power_leaves(work: Callable[[Path], None], loss: Loss, l
                 (root / "end").mkdir()
             finally:
                 os._exit(0)
-        return waited(child)
+        return waited(child, HANGS)
 
     shutil.copytree(root, tmp_path / "copy")
     assert watched(None) == 0

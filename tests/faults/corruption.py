@@ -15,9 +15,9 @@ from configs.presets import load
 from configs.schema import Experiment
 from stages.pipeline import stages
 from tests.fake_stages import TINY
-from tests.faults.crash import Bench, End, made, undisturbed, waited
+from tests.faults.crash import HANGS, Bench, End, made, undisturbed
 from tests.faults.outcome import Outcome
-from tests.killing import differing, finish, place, start, upto
+from tests.killing import differing, finish, place, start, upto, waited
 from utils.run.artifacts import remove
 from utils.run.stage import Stage
 
@@ -161,7 +161,7 @@ class Trial:
             like_anybody()
 
         self.output.write_text("")
-        code = waited(start(self.config, numbers, self.output, prepare, discard))
+        code = waited(start(self.config, numbers, self.output, prepare, discard), HANGS)
         return code, self.output.read_text()
 
     def _wrong(self, stage: int, aside: bool = False) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
 import signal
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from tests.fake_stages import TINY
 from tests.faults.operations import Operation, Watch
 from tests.faults.outcome import Outcome
 from tests.faults.power import LOSSES, Disk, Loss, after_loss
-from tests.killing import differing, finish, place, results, start, upto
+from tests.killing import differing, finish, place, results, start, upto, waited
 
 AMOUNT = 200
 WEIGHTS = (4, 1, 3, 3, 2, 3, 3, 1)  # of the stages, among the moments that are drawn
@@ -97,7 +95,7 @@ class Bench:
             Watch(self.root, self.log, end.number if end else None, bool(end and end.torn), disk).install()
 
         self.output.write_text("")
-        found = waited(start(self.config, [stage], self.output, prepare))
+        found = waited(start(self.config, [stage], self.output, prepare), HANGS)
         words = self.output.read_text()[-1500:]
         if code == 0 and "Traceback" in words:
             return f"a traceback: {words}"
@@ -109,19 +107,6 @@ class Bench:
         now = names(self.root)
         facts = {"different": differing(expected, made(self.root)), "left over": sorted(now - there), "missing": sorted(there - now)}
         return "; ".join(f"{name}: {', '.join(found[:5])}" for name, found in facts.items() if found) or None
-
-
-def waited(child: int) -> int:
-    """Exit code of a child, negative for a signal; one that hangs is killed and has that of SIGALRM."""
-    limit = time.monotonic() + HANGS
-    while time.monotonic() < limit:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -signal.SIGALRM
 
 
 def names(root: Path) -> set[str]:

@@ -1,7 +1,7 @@
 """A process in which stages meet a faulty machine: python -m tests.faults.machine, with machine.c preloaded; one JSON request a line.
 
 Every stage runs in a fork of it, which spares the import of torch. A request says `root`, where the run's folders are, `stage`, `pipeline`
-(real or fake), `log`, and the faults: see `Faults`. The answer is a JSON line: `code` (negative: the signal that ended it, None: it
+(real or fake), `log`, and the faults: see `Faults`. The answer is a JSON line: `code` (negative: the signal that ended it, SIGALRM: it
 hung), and what it came to: `operations` on the disk that need room, `looks` at the clock, `products` by torch, and bytes of address space
 at the beginning (`idle`) and at most (`memory`).
 """
@@ -14,7 +14,6 @@ import importlib
 import json
 import os
 import resource
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any
 from configs.presets import load
 from stages.pipeline import stages
 from tests import fake_stages
-from tests.killing import place
+from tests.killing import place, waited
 from utils.run import artifacts, stage
 from utils.run.preemption import Stop
 from utils.run.stage import Stage, run_stage
@@ -76,20 +75,8 @@ def ended(root: Path, number: int, pipeline: str, log: Path, faults: Faults) -> 
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
             os._exit(code)
-    ending = _waited(child)
+    ending = waited(child, PATIENCE)
     return (json.loads(answer.read_text()) if answer.exists() else {}) | {"code": ending}
-
-
-def _waited(child: int) -> int | None:
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        process, status = os.waitpid(child, os.WNOHANG)
-        if process:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
 
 
 def _run(root: Path, number: int, pipeline: str, log: Path, answer: Path, faults: Faults) -> int:

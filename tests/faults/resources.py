@@ -177,10 +177,7 @@ def small_disk(trial: Trial) -> str | None:
         return disk_full(trial)
     before = size(trial.root) + 128 * 1024
     room = before + int(trial.chance.uniform(0.0, 0.9) * max(0, trial.needed["bytes"] - before))
-    with mounted(trial.root, f"size={room}") as grow:
-        code = trial.run()
-        grow("size=256m")
-        return trial.judged(code, os.strerror(errno.ENOSPC), through=True)
+    return _in_too_little(trial, f"size={room}", "size=256m")
 
 
 def no_inodes(trial: Trial) -> str | None:
@@ -189,9 +186,13 @@ def no_inodes(trial: Trial) -> str | None:
         return disk_full(trial)
     before = sum(1 for _ in trial.root.rglob("*")) + 3
     entries = before + int(trial.chance.uniform(0.0, 0.9) * max(0, trial.needed["files"] - before))
-    with mounted(trial.root, f"size=256m,nr_inodes={entries}") as grow:
+    return _in_too_little(trial, f"size=256m,nr_inodes={entries}", "nr_inodes=100000")
+
+
+def _in_too_little(trial: Trial, options: str, more: str) -> str | None:
+    with mounted(trial.root, options) as grow:
         code = trial.run()
-        grow("nr_inodes=100000")
+        grow(more)
         return trial.judged(code, os.strerror(errno.ENOSPC), through=True)
 
 

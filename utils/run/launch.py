@@ -93,9 +93,9 @@ def launch(module: str, arguments: Sequence[str], count: int, state: Path, stop:
         codes, failed = _wait(children, state / "stop", stop)
     if failed:
         # the one that knows why left by itself with a message; those that only lost the others were ended by a signal
-        number = min(failed, key=lambda number: codes[number] < 0)
-        told = logs[number].read_text(errors="replace")[-TAIL:] if number else "its messages are above"
-        raise WorkFailed(f"process {number} of {len(codes)} ended with code {codes[number]}: {told.strip()}")
+        first = min(failed, key=lambda child: codes[child] < 0)
+        told = logs[first].read_text(errors="replace")[-TAIL:] if first else "its messages are above"
+        raise WorkFailed(f"process {first} of {len(codes)} ended with code {codes[first]}: {told.strip()}")
     if STOPPED in codes:
         raise StoppedInTime(stop.reason or "the processes were asked to stop")
 

@@ -37,7 +37,7 @@ class Rival:
 
     def __init__(self, told: dict[str, Any]) -> None:
         self.told = {"seed": 42, "sweeps": 2, "slow": 1, "power": 2} | told
-        self.held: dict[str, int] = {}
+        self.held: dict[int, int] = {}  # by the number of the file on its disk
 
     def disguise(self) -> None:
         """Be on another machine; have a fault."""
@@ -56,15 +56,17 @@ class Rival:
             case "no second look at the inputs":
                 stage._made_again = lambda stage, context, pipeline: None
 
-    LOCK_EX, LOCK_NB = fcntl.LOCK_EX, fcntl.LOCK_NB
+    LOCK_EX, LOCK_SH, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_SH, fcntl.LOCK_NB, fcntl.LOCK_UN
 
     def flock(self, handle: int, how: int) -> None:
         """A lock that is known on this machine alone: it lies beside the real one."""
-        path = f"{Path(f'/proc/self/fd/{handle}').readlink()}.{socket.gethostname()}"
-        if path not in self.held:
-            beside = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        number = os.fstat(handle).st_ino
+        if how & self.LOCK_UN:
+            os.close(self.held.pop(number))
+        elif number not in self.held:
+            beside = os.open(f"{Path(f'/proc/self/fd/{handle}').readlink()}.{socket.gethostname()}", os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(beside, how)
-            self.held[path] = beside
+            self.held[number] = beside
 
     # --- work
 

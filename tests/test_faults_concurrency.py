@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,15 +31,17 @@ from utils.run.stage import Context, set_aside
 
 
 def test_campaign_survives_and_notices_a_lock_that_does_not_hold(tmp_path: Path) -> None:
-    def outcome(planted: str) -> Outcome:
-        room = tmp_path / planted.replace(" ", "-")
+    def outcome(trial: Callable[[Room], concurrency.Found], planted: str) -> Outcome:
+        room = tmp_path / f"{trial.__name__}-{planted}".replace(" ", "-")
         room.mkdir()
-        return tried(concurrency.second_job_of_a_stage, Room(room, random.Random(1), planted))
+        return tried(trial, Room(room, random.Random(1), planted))
 
-    with ThreadPoolExecutor(2) as pool:
-        sound, broken = pool.map(outcome, ("nothing", "no lock"))
+    second, machines = concurrency.second_job_of_a_stage, concurrency.machines_at_the_same_moment
+    with ThreadPoolExecutor(3) as pool:
+        sound, broken, apart = pool.map(outcome, (second, second, machines), ("nothing", "no lock", "nothing"))
     assert sound.survived, sound.found
     assert not broken.survived and "the second ended with" in broken.found
+    assert apart.survived, apart.found
 
 
 # --- machines that know their own locks alone

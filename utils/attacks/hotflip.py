@@ -11,21 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
 from configs.schema import HotFlip
 from utils.attacks.controls import random_contexts, random_substitutions
-from utils.attacks.round_trip import RoundTrip, first_kept
+from utils.attacks.ranking import Ranking
+from utils.attacks.round_trip import RoundTrip
 from utils.attacks.scoring import ADMITTED, Scorer, first_order_candidates
 
 REPLACED = 0.6  # share of the prefix tokens that are random in the further gradients
+ROUNDS = 4  # in which the candidates of a flip are scored, the later ones chosen by what the earlier ones did
 WIDER = 4  # times the candidates, once, for a text that finds no gain among the first ones
+POOL = 40  # times the candidates, from which they are chosen
 
 
 @dataclass
@@ -53,15 +58,6 @@ class Attack:
     def curve(self, budget: int) -> list[float]:
         """Losses after 0, 1, ... `budget` flips; flat where the attack ended."""
         return self.nll + self.nll[-1:] * (budget + 1 - len(self.nll))
-
-
-@dataclass
-class Ranking:
-    """Substitutions of one text, the most promising first; the first `tried` were looked at."""
-
-    edits: Tensor  # (n, 2) of (place, token), on the CPU
-    predicted: Tensor | None = None  # (n,) first-order gains, nats per untouched token, on the CPU
-    tried: int = 0
 
 
 @dataclass
@@ -127,11 +123,13 @@ class FlipSearch:
         """One flip for every text. A text without a gain gets one wider round, and is given up after it."""
         ranked = self._by_gradient(targets) if self.gradient else self._by_chance(targets)
         pairs = list(zip(targets, ranked, strict=True))
-        without = self._try(pairs, self.spec.candidates)
-        for target, _ in without:
+        for part in np.array_split(np.arange(self.spec.candidates), min(ROUNDS, self.spec.candidates)):
+            self._score(pairs, len(part))
+        without = [pair for pair in pairs if not self._accepted(*pair)]
+        self._score(without, WIDER * self.spec.candidates)
+        for target, ranking in without:
             target.attack.wider_rounds += 1
-        for target, _ in self._try(without, WIDER * self.spec.candidates):
-            target.attack.stuck = True
+            target.attack.stuck = not self._accepted(target, ranking)
 
     def _by_gradient(self, targets: Sequence[Target]) -> list[Ranking]:
         """First-order gains by a gradient averaged over the text and copies of it with random tokens in the prefix.
@@ -189,57 +187,57 @@ class FlipSearch:
             free = np.setdiff1d(np.arange(self.spec.prefix_tokens), flipped)
             current = target.ids[1 : 1 + self.spec.prefix_tokens].cpu().numpy()
             key = ("query", target.name, len(flipped))
-            rankings.append(Ranking(torch.from_numpy(random_substitutions(self.spec.seed, key, self._pool, current, free, self.tokens))))
+            edits = torch.from_numpy(random_substitutions(self.spec.seed, key, self._pool, current, free, self.tokens))
+            rankings.append(Ranking(edits, torch.zeros(len(edits))))
         return rankings
 
     @property
     def _pool(self) -> int:
-        return (1 + WIDER) * self.spec.candidates
+        return POOL * self.spec.candidates
 
-    def _try(self, pairs: Sequence[Pair], count: int) -> list[Pair]:
-        """Score the next `count` candidates of every text, all together; returns the pairs that found no gain among theirs."""
-        chosen = [self._next(*pair, count) for pair in pairs]
+    @cached_property
+    def _directions(self) -> Tensor:
+        """(V, d) of length one: where a token's embedding lies as seen from the middle of those that may be written."""
+        embeddings = self.scorer.embeddings
+        return F.normalize(embeddings - embeddings[self.allowed[: len(embeddings)]].mean(dim=0), dim=1)
+
+    def _score(self, pairs: Sequence[Pair], count: int) -> None:
+        """Score the next `count` candidates of every text, all together, and let its ranking learn from them."""
+        chosen = [ranking.next(count, partial(self._kept, target) if self.round_trip else None) for target, ranking in pairs]
         if not any(map(len, chosen)):
-            return list(pairs)
+            return
         edits = [ranking.edits[rows] for (_, ranking), rows in zip(pairs, chosen, strict=True)]
         counts = [len(each) for each in edits]
         places, tokens = torch.cat(edits).to(self.scorer.device).T
         which = torch.repeat_interleave(torch.tensor(counts)).to(self.scorer.device)
         texts = torch.stack([target.ids for target, _ in pairs])
         scores = self.scorer.edited_nll(texts, which, 1 + places[:, None], tokens[:, None], self.spec.scored_tokens).cpu().split(counts)
-        for (target, _), work in zip(pairs, self.scorer.by_text, strict=True):
+        for (target, ranking), rows, nll, work in zip(pairs, chosen, scores, self.scorer.by_text, strict=True):
+            target.attack.evaluations += len(rows)
             target.attack.flops += work.flops
-        return [pair for pair, rows, nll in zip(pairs, chosen, scores, strict=True) if not _accepted(*pair, rows, nll)]
-
-    def _next(self, target: Target, ranking: Ranking, count: int) -> list[int]:
-        """Ranks of the next candidates: `count` of them, in mode 'text' the next that survive."""
-        rest = range(ranking.tried, len(ranking.edits))
-        rows = first_kept(rest, count, lambda some: self._kept(target, ranking.edits[some])) if self.round_trip else list(rest[:count])
-        ranking.tried = rows[-1] + 1 if rows else len(ranking.edits)
-        return rows
+            ranking.learn(rows, nll, target.attack.nll[-1], self._directions)
 
     def _kept(self, target: Target, edits: Tensor) -> list[bool]:
+        """Which of the edited texts come back from decoding and encoding."""
         assert self.round_trip
         texts = target.ids.cpu().repeat(len(edits), 1).scatter_(1, 1 + edits[:, :1], edits[:, 1:])
         return self.round_trip.kept(texts[:, 1:].tolist(), [target.reach] * len(edits))
 
-
-def _accepted(target: Target, ranking: Ranking, rows: Sequence[int], nll: Tensor) -> bool:
-    """Write the best of the scored candidates into the text if it raises the loss; nll (n,) of the candidates at these ranks."""
-    attack = target.attack
-    attack.evaluations += len(rows)
-    best = int(nll.argmax()) if rows else -1
-    if best < 0 or float(nll[best]) <= attack.nll[-1] + ADMITTED:
-        return False
-    place, token = ranking.edits[rows[best]].tolist()
-    flip = {"position": place, "old": int(target.ids[1 + place]), "new": token}
-    if ranking.predicted is not None:
-        predicted = ranking.predicted[rows]
-        flip |= {"predicted": float(predicted[best]), "rank_correlation": rank_correlation(predicted.numpy(), nll.numpy())}
-    attack.flips.append(flip)
-    attack.nll.append(float(nll[best]))
-    target.ids[1 + place] = token
-    return True
+    def _accepted(self, target: Target, ranking: Ranking) -> bool:
+        """Write the best of the scored candidates into the text if it raises the loss."""
+        attack = target.attack
+        best = int(np.argmax(ranking.nll)) if ranking.nll else -1
+        if best < 0 or ranking.nll[best] <= attack.nll[-1] + ADMITTED:
+            return False
+        place, token = ranking.edits[ranking.rows[best]].tolist()
+        flip = {"position": place, "old": int(target.ids[1 + place]), "new": token}
+        if self.gradient:
+            predicted = ranking.predicted[ranking.rows]
+            flip |= {"predicted": float(predicted[best]), "rank_correlation": rank_correlation(predicted.numpy(), np.array(ranking.nll))}
+        attack.flips.append(flip)
+        attack.nll.append(ranking.nll[best])
+        target.ids[1 + place] = token
+        return True
 
 
 def rank_correlation(one: NDArray[np.floating], other: NDArray[np.floating]) -> float | None:

@@ -47,7 +47,7 @@ STAGE = Stage(
     reads=(*MODELS.values(), "earlier_models", "validation_tokens", "attack_texts", "tokenizer"),
     writes={"hotflip_records": "records.jsonl", "hotflip_results": "hotflip_results.json"},
     config_keys=("hotflip", "compute", "data.sequence_length", "evaluate.batch_size"),
-    version=3,
+    version=4,
     run=run,
     share=share,
 )

@@ -202,8 +202,8 @@ class FlipSearch:
         return F.normalize(embeddings - embeddings[self.allowed[: len(embeddings)]].mean(dim=0), dim=1)
 
     def _score(self, pairs: Sequence[Pair], count: int) -> None:
-        """Score the next `count` candidates of every text, all together, and let its ranking learn from them."""
-        chosen = [ranking.next(count, partial(self._kept, target) if self.round_trip else None) for target, ranking in pairs]
+        """Score the next `count` candidates of every text, all together."""
+        chosen = [self._next(*pair, count) for pair in pairs]
         if not any(map(len, chosen)):
             return
         edits = [ranking.edits[rows] for (_, ranking), rows in zip(pairs, chosen, strict=True)]
@@ -215,7 +215,11 @@ class FlipSearch:
         for (target, ranking), rows, nll, work in zip(pairs, chosen, scores, self.scorer.by_text, strict=True):
             target.attack.evaluations += len(rows)
             target.attack.flops += work.flops
-            ranking.learn(rows, nll, target.attack.nll[-1], self._directions)
+            ranking.scored(rows, nll)
+
+    def _next(self, target: Target, ranking: Ranking, count: int) -> list[int]:
+        kept = partial(self._kept, target) if self.round_trip else None
+        return ranking.next(count, target.attack.nll[-1], self._directions, kept)
 
     def _kept(self, target: Target, edits: Tensor) -> list[bool]:
         """Which of the edited texts come back from decoding and encoding."""

@@ -1,4 +1,4 @@
-"""What every conversion costs and gives: python -m tests.benchmarks.trade_off FOLDER [--finalists STEPS] [--screen STEPS] [--set ...]
+"""What every conversion costs and gives: python -m tests.benchmarks.trade_off FOLDER [--finalists STEPS [--rate RATE]] [--screen STEPS] [--set ...]
 
 Setup (text, pretrained base) is the pipeline's; then each arm is converted, recovered, evaluated and
 attacked by the pipeline's own functions, beside an unconstrained arm with the same seed, steps, learning rate and losses, and beside
@@ -47,7 +47,7 @@ from utils.training.recovery import Files, recover
 
 SIGNED = ("monotone.parametrisation=annealed", "monotone.activation=clamped_gelu")
 PUBLISHED = ("monotone.parametrisation=softplus", "monotone.activation=keep", "monotone.recentre=false")
-SLOW, PLAIN, FAST = "lr=5e-5", "training.distillation=0", "lr=3e-3"
+SLOW, PLAIN = "lr=5e-5", "training.distillation=0"
 UNCONSTRAINED = "unconstrained"
 FINALISTS = ("all-plus", "balanced", "256 directions")
 ARMS: dict[str, tuple[str, ...]] = {
@@ -59,6 +59,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "published, ReLU": (PUBLISHED[0], PUBLISHED[2], SLOW, PLAIN),
     "published, projected": (*PUBLISHED[1:], SLOW, PLAIN),
     "published, distilling": (*PUBLISHED, SLOW),
+    "all-plus, softplus": ("monotone.parametrisation=softplus",),
     "all-plus, clamped GELU": ("monotone.activation=clamped_gelu",),
     "all-plus, annealed": SIGNED,
     "all-plus, least squares": ("monotone.start=least_squares",),
@@ -108,10 +109,10 @@ def with_controls(tasks: Iterable[Task]) -> list[Task]:
     return list({task.stem: task for task in (*(task.control for task in wanted), *wanted)}.values())
 
 
-def plan(seeds: list[int], finalists: int, screen: int, only: list[str]) -> list[Task]:
-    """Finalists a seed at a time, then what is screened; `only` names arms in place of those of each kind."""
+def plan(seeds: list[int], finalists: int, rate: float, screen: int, only: list[str]) -> list[Task]:
+    """Finalists a seed at a time, all with one learning rate, then what is screened; `only` names arms in place of those of each kind."""
     long, short = f"training.steps={finalists}", f"training.steps={screen}"
-    chosen = [Task(arm, seed, (long, FAST)) for seed in seeds for arm in only or FINALISTS if finalists]
+    chosen = [Task(arm, seed, (long, f"lr={rate:g}")) for seed in seeds for arm in only or FINALISTS if finalists]
     screened = [Task(arm, seeds[0], (short,)) for arm in only or ARMS if screen]
     return [*with_controls(chosen), *with_controls(screened)]
 
@@ -286,13 +287,14 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--seeds", default="42,1337,2024")
     parser.add_argument("--finalists", type=int, default=0, help="steps; 0: none")
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of finalists")
     parser.add_argument("--screen", type=int, default=0, help="steps; 0: none")
     parser.add_argument("--only", action="append", default=[], choices=ARMS, help="arms")
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    tasks = plan([int(seed) for seed in options.seeds.split(",")], options.finalists, options.screen, options.only)
+    tasks = plan([int(seed) for seed in options.seeds.split(",")], options.finalists, options.rate, options.screen, options.only)
     if options.worker:
         work(options, tasks)
         return

@@ -1,4 +1,6 @@
-"""What every conversion costs and gives: python -m tests.benchmarks.trade_off FOLDER [--finalists STEPS [--rate RATE]] [--screen STEPS] [--set ...]
+"""What every conversion costs and gives.
+
+python -m tests.benchmarks.trade_off FOLDER [--finalists STEPS [--rate RATE]] [--screen STEPS] [--only ARM] [--set KEY=VALUE]
 
 Setup (text, pretrained base) is the pipeline's; then each arm is converted, recovered, evaluated and
 attacked by the pipeline's own functions, beside an unconstrained arm with the same seed, steps, learning rate and losses, and beside

@@ -92,6 +92,25 @@ def test_what_is_said(error: Exception, words: str | None) -> None:
     assert said is None or (said.startswith(str(words)) and "run again" in said)
 
 
+def hidden(first: Exception, then: Exception) -> Exception:
+    """`then`, as it is met when it came up in cleaning up after `first`."""
+    try:
+        try:
+            raise first
+        finally:
+            raise then
+    except Exception as met:
+        return met
+
+
+def test_want_of_room_is_found_behind_the_error_of_a_library_that_cleans_up() -> None:
+    lost = AttributeError("'Stream' object has no attribute 'pos'")
+    assert "No space left" in str(explained(hidden(OSError(errno.ENOSPC, "No space left on device"), lost), None))
+    assert "No space left" in str(explained(hidden(hidden(OSError(errno.ENOSPC, "No space left on device"), ValueError()), lost), None))
+    assert "ran out of memory" in str(explained(hidden(MemoryError(), lost), None))
+    assert explained(hidden(OSError(errno.EEXIST, "File exists"), lost), None) is None
+
+
 def test_error_of_the_program_itself_is_shown_as_it_is(own_folders: Path) -> None:
     def broken(ctx: Context) -> None:
         raise RuntimeError("shapes do not fit")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,7 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE}
 NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
+WANT = DISK_FULL | {errno.ENOMEM}
 NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|bad_alloc|[Cc]annot allocate memory|can't start new thread"
     r"|failed to map segment from shared object$"
@@ -21,7 +23,22 @@ KEPT = "What is complete is kept"
 
 
 def explained(error: Exception, folder: Path | None) -> str | None:
-    """Why the work in `folder` ended, and what to do; None for an error that is no fault of the machine."""
+    """Why the work in `folder` ended, and what to do; None for an error that is no fault of the machine.
+
+    A full disk and want of memory are found behind another error too: a library that cleans up after one may fail again, and hide it.
+    """
+    return next(filter(None, (_said(each, folder) for each in (error, *_wants_behind(error)))), None)
+
+
+def _wants_behind(error: BaseException) -> Iterator[Exception]:
+    behind = error.__context__
+    while behind is not None:
+        if isinstance(behind, MemoryError) or (isinstance(behind, OSError) and behind.errno in WANT):
+            yield behind
+        behind = behind.__context__
+
+
+def _said(error: Exception, folder: Path | None) -> str | None:
     named = (error.filename2 or error.filename or folder or "a file") if isinstance(error, OSError) else ""
     if isinstance(error, OSError) and (error.errno in DISK_TROUBLE or os.path.islink(named)):  # noqa: PTH114 - Path.is_symlink raises
         return (

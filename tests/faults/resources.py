@@ -30,6 +30,7 @@ from tests.killing import differing, results
 AMOUNT = 72
 WORKERS = 2
 REASON = re.compile(r"^\[stage [^]]*\] (?:failed: |refused: |cannot |the machine |the device )", re.MULTILINE)
+ENDED_BELOW = (-6, -11, 127)  # without Python: a library's abort, its fault, the dynamic loader
 SAID = {"memory": "ran out of memory", "device": "the device failed"}
 Told = dict[str, Any]
 
@@ -200,7 +201,7 @@ def memory_limit(trial: Trial) -> str | None:
     """Less address space than the stage needs. A library that cannot go on ends the process by a signal, as the kernel would."""
     idle = trial.needed["idle"]
     limit = idle + int(trial.chance.uniform(0.0, 1.0) * (trial.needed["memory"] - idle))
-    return trial.judged(trial.run(memory=limit), SAID["memory"], through=True, codes=(1, -6, -11))
+    return trial.judged(trial.run(memory=limit), SAID["memory"], through=True, codes=(1, *ENDED_BELOW))
 
 
 def device_memory(trial: Trial) -> str | None:

@@ -399,7 +399,7 @@ class HotFlip(Section):
     prefix_tokens: Positive = Field(description="tokens that may be flipped")
     scored_tokens: Positive = Field(description="untouched tokens after the prefix, the only ones scored")
     flips: Positive = Field(description="budget per text")
-    candidates: Positive = Field(description="first-order candidates re-scored exactly, per flip")
+    candidates: Positive = Field(description="substitutions scored exactly, per flip")
     gradients: Positive = Field(4, description="gradients averaged for a flip: one at the text, the others with random tokens around")
     mode: Literal["ids", "text"] = Field("ids", description="text: only flips whose whole text survives decoding and encoding again")
     longer_texts: Positive = Field(8, description="of the texts the first so many are also attacked with ten times the candidates")

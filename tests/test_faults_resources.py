@@ -92,23 +92,44 @@ def test_what_is_said(error: Exception, words: str | None) -> None:
     assert said is None or (said.startswith(str(words)) and "run again" in said)
 
 
-def hidden(first: Exception, then: Exception) -> Exception:
-    """`then`, as it is met when it came up in cleaning up after `first`."""
+def hidden(first: Exception, then: Exception, **said: bool) -> Exception:
+    """`then`, as it is met when it came up in cleaning up after `first`; `apart`: raised `from None`."""
     try:
         try:
             raise first
-        finally:
-            raise then
+        except Exception:
+            if said.get("apart"):
+                raise then from None
+            raise then  # noqa: B904 - as a library does
     except Exception as met:
         return met
 
 
-def test_want_of_room_is_found_behind_the_error_of_a_library_that_cleans_up() -> None:
-    lost = AttributeError("'Stream' object has no attribute 'pos'")
-    assert "No space left" in str(explained(hidden(OSError(errno.ENOSPC, "No space left on device"), lost), None))
-    assert "No space left" in str(explained(hidden(hidden(OSError(errno.ENOSPC, "No space left on device"), ValueError()), lost), None))
-    assert "ran out of memory" in str(explained(hidden(MemoryError(), lost), None))
-    assert explained(hidden(OSError(errno.EEXIST, "File exists"), lost), None) is None
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (hidden(FULL, AttributeError("'Stream' object has no attribute 'pos'")), "No space left"),
+        (hidden(hidden(FULL, ValueError()), AttributeError()), "No space left"),
+        (hidden(FULL, OSError(errno.EACCES, "Permission denied")), "No space left"),
+        (hidden(MemoryError(), AttributeError()), "ran out of memory"),
+        (hidden(RuntimeError("DefaultCPUAllocator: can't allocate memory"), AttributeError()), "ran out of memory"),
+        (hidden(OSError(errno.EEXIST, "File exists"), AttributeError()), None),
+        (hidden(MemoryError(), ValueError("a fault of the program"), apart=True), None),
+    ],
+)
+def test_want_of_room_is_found_behind_the_error_of_a_library_that_cleans_up(error: Exception, words: str | None) -> None:
+    said = explained(error, None)
+    assert (said is None) == (words is None)
+    assert words is None or words in str(said)
+
+
+def test_want_of_room_that_an_error_names_as_its_cause_is_found() -> None:
+    error = RuntimeError("writer failed")
+    error.__cause__ = FULL
+    assert "No space left" in str(explained(error, None))
 
 
 def test_error_of_the_program_itself_is_shown_as_it_is(own_folders: Path) -> None:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.attacks import ranking
 from utils.attacks.ranking import Ranking, hoped_gains
 
 PLACES, TOKENS = 4, 10
@@ -41,9 +40,8 @@ def test_expected_gains_are_those_of_the_textbook() -> None:
     assert rise > 0
     unit = towards[edits[:, 1]].double().numpy()
     place = (edits[:, :1] == edits[:, 0]).double().numpy()
-    likeness = ranking.PLACE * place + ranking.TOKEN * unit @ unit.T + ranking.BOTH * place * (unit @ unit.T)
-    own = ranking.PLACE + ranking.TOKEN + ranking.BOTH
-    inverse = np.linalg.inv(likeness[:6, :6] + ranking.NOISE * own * np.eye(6))
+    likeness = place + unit @ unit.T + place * (unit @ unit.T)
+    inverse = np.linalg.inv(likeness[:6, :6] + 0.15 * np.eye(6))
     residual = gains - level - rise * predicted[:6]
     expected = level + rise * predicted[6:] + likeness[6:, :6] @ inverse @ residual
     on = (torch.from_numpy(each) for each in (predicted[:6], gains))

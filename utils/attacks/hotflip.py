@@ -84,7 +84,7 @@ def replay(ids: Tensor, flips: Sequence[dict[str, Any]], budget: int) -> Tensor:
 
 
 class FlipSearch:
-    """The search on one model. Without `gradient` the pool of its candidates is random, all else is the same: query-only greedy search."""
+    """The search on one model. Without `gradient` the pool of its candidates is random, all else is the same: greedy search by queries."""
 
     def __init__(
         self, scorer: Scorer, spec: HotFlip, allowed: Tensor, *, gradient: bool = True, round_trip: RoundTrip | None = None

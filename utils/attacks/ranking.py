@@ -18,8 +18,8 @@ from torch import Tensor
 
 from utils.attacks.round_trip import first_kept
 
-PLACE, TOKEN, BOTH = 1.0, 0.3, 3.0  # covariance of what two substitutions share, in units of each other
-NOISE = 0.05  # of a gain's variance, which no likeness explains
+OWN = 3.0  # variance of a gain: its place's, its token's, and what is its own, one each
+NOISE = 0.05  # of it that no likeness explains
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Ranking:
             self._sort(now, directions)
         rest = range(self.tried, len(self.edits))
         rows = first_kept(rest, count, lambda some: kept(self.edits[some])) if kept else list(rest[:count])
-        self.tried = rows[-1] + 1 if rows else len(self.edits)
+        self.tried = rows[-1] + 1 if len(rows) == count else len(self.edits)
         return rows
 
     def scored(self, rows: Sequence[int], nll: Tensor) -> None:
@@ -70,7 +70,7 @@ def hoped_gains(known: Tensor, foretold: Tensor, gains: Tensor, edits: Tensor, p
     rise = ((spread @ gains) / (spread @ spread).clamp(min=1e-300)).clamp(min=0)
     residual = gains - gains.mean() - rise * spread
     among = _likeness(known, known, directions)
-    noise = NOISE * (PLACE + TOKEN + BOTH) * torch.eye(len(known), dtype=among.dtype, device=device)
+    noise = NOISE * OWN * torch.eye(len(known), dtype=among.dtype, device=device)
     weights = torch.cholesky_solve(residual[:, None], torch.linalg.cholesky(among + noise))[:, 0]
     return gains.mean() + rise * (predicted - foretold.mean()) + weights @ _likeness(known, edits, directions)
 
@@ -79,4 +79,4 @@ def _likeness(one: Tensor, other: Tensor, directions: Tensor) -> Tensor:
     """Covariances of substitutions (k, 2) and (m, 2): (k, m) fp64."""
     place = (one[:, :1] == other[:, 0]).double()
     near = (directions[one[:, 1]] @ directions.T)[:, other[:, 1]].double()
-    return PLACE * place + near * (TOKEN + BOTH * place)
+    return place + near + place * near

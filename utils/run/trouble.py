@@ -13,7 +13,6 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE}
 NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
-WANT = DISK_FULL | {errno.ENOMEM}
 NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|bad_alloc|[Cc]annot allocate memory|can't start new thread"
     r"|failed to map segment from shared object$"
@@ -27,15 +26,16 @@ def explained(error: Exception, folder: Path | None) -> str | None:
 
     A full disk and want of memory are found behind another error too: a library that cleans up after one may fail again, and hide it.
     """
-    return next(filter(None, (_said(each, folder) for each in (error, *_wants_behind(error)))), None)
+    return next(filter(None, (_said(each, folder) for each in (*_wants_behind(error), error))), None)
 
 
 def _wants_behind(error: BaseException) -> Iterator[Exception]:
-    behind = error.__context__
-    while behind is not None:
-        if isinstance(behind, MemoryError) or (isinstance(behind, OSError) and behind.errno in WANT):
+    """Full disks and wants of memory in whose handling an error came up, unless its raiser says that they have nothing to do with it."""
+    while (behind := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        full = isinstance(behind, OSError) and behind.errno in DISK_FULL
+        if isinstance(behind, Exception) and (full or exhausted(behind)):
             yield behind
-        behind = behind.__context__
+        error = behind
 
 
 def _said(error: Exception, folder: Path | None) -> str | None:

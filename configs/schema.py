@@ -470,17 +470,13 @@ class Experiment(Section):
             )
         scratch = self.model.scratch
         if scratch:
-            for key, tokens in self.sequences().items():
+            needs = {
+                "data.sequence_length": self.data.sequence_length,
+                "evaluate.context": self.evaluate.context,
+                "uat.trigger_length + uat.text_tokens + 1": self.uat.trigger_length + self.uat.text_tokens + 1,
+                "hotflip.prefix_tokens + hotflip.scored_tokens + 1": self.hotflip.prefix_tokens + self.hotflip.scored_tokens + 1,
+            }
+            for key, tokens in needs.items():
                 if tokens > scratch.context:
                     raise ValueError(f"{key} = {tokens} exceeds model.scratch.context = {scratch.context}")
         return self
-
-    def sequences(self) -> dict[str, int]:
-        """{keys: tokens} of what the models will be given."""
-        uat, hotflip = self.uat, self.hotflip
-        return {
-            "data.sequence_length": self.data.sequence_length,
-            "evaluate.context": self.evaluate.context,
-            "uat.trigger_length + uat.text_tokens + 1": uat.trigger_length + uat.text_tokens + 1,
-            "hotflip.prefix_tokens + hotflip.scored_tokens + 1": hotflip.prefix_tokens + hotflip.scored_tokens + 1,
-        }

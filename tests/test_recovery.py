@@ -313,20 +313,9 @@ def test_a_published_base_is_copied(tiny: Experiment, stored: Path, tmp_path: Pa
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(
-    ("section", "settings", "key"),
-    [
-        ("data", {"sequence_length": 65}, "data.sequence_length"),
-        ("evaluate", {"context": 65}, "evaluate.context"),
-        ("uat", {"trigger_length": 4, "text_tokens": 60}, r"uat.trigger_length \+ uat.text_tokens \+ 1"),
-        ("hotflip", {"prefix_tokens": 32, "scored_tokens": 32}, r"hotflip.prefix_tokens \+ hotflip.scored_tokens \+ 1"),
-    ],
-)
-def test_sequences_longer_than_the_base_model_takes_are_refused(
-    tiny: Experiment, stored: Path, section: str, settings: dict[str, int], key: str
-) -> None:
-    long = tiny.model_copy(update={section: getattr(tiny, section).model_copy(update=settings)})
-    with pytest.raises(InputError, match=rf"{key} = 65: expected at most 64, the longest sequence of the base model"):
+def test_sequences_longer_than_the_base_model_takes_are_refused(tiny: Experiment, stored: Path) -> None:
+    long = tiny.model_copy(update={"data": tiny.data.model_copy(update={"sequence_length": 65})})
+    with pytest.raises(InputError, match=r"data.sequence_length = 65: expected at most 64, the longest sequence of the base model"):
         setup_facts(long, 7, stored / "base")
 
 

@@ -47,6 +47,11 @@ def setup_facts(config: Experiment, seed: int, base: Path) -> dict[str, Any]:
 
 def _check_context(config: Experiment, context: int | None) -> None:
     """Refuse what GPT-2 and OPT, which have a table of positions, would fail on, and others would extrapolate to."""
-    for key, tokens in config.sequences().items():
+    flips = config.hotflip
+    needs = {
+        "data.sequence_length": config.data.sequence_length,
+        "hotflip.prefix_tokens + hotflip.scored_tokens + 1": flips.prefix_tokens + flips.scored_tokens + 1,
+    }
+    for key, tokens in needs.items():
         if context is not None and tokens > context:
             raise InputError(f"{key} = {tokens}: expected at most {context}, the longest sequence of the base model; lower it")

@@ -184,7 +184,7 @@ class Cluster:
         self.wait_for(lambda: self.states().get(job) in ended, seconds, f"job {job} does not become {' or '.join(ended)}")
         return self.states()[job]
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float, failure: str) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float, failure: str, pause: float = 0.05) -> None:
         """`seconds` is what an idle machine needs at most; a busy one is given more."""
         seconds *= 5
         end = time.monotonic() + seconds
@@ -192,7 +192,7 @@ class Cluster:
             if time.monotonic() > end:
                 queue = self.call("squeue", "-t", "all", "-o", "%i %j %T %r %E", check=False)
                 raise AssertionError(f"{failure} within {seconds} s; the queue:\n{queue}")
-            time.sleep(0.05)
+            time.sleep(pause)
 
 
 @contextmanager

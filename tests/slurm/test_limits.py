@@ -118,7 +118,7 @@ def held(cluster: Cluster, python: Python, moment: Callable[[], bool] = always, 
 
     It is stopped for each look, which makes it slow; this begins only when `after` holds.
     """
-    cluster.wait_for(lambda: python.there() and after(), 60, f"job {python.job} does not come so far")
+    cluster.wait_for(lambda: python.there() and after(), 60, f"job {python.job} does not come so far", pause=0.002)
     python.hold()
     while not moment():
         python.go_on()

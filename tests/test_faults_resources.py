@@ -92,13 +92,13 @@ def test_what_is_said(error: Exception, words: str | None) -> None:
     assert said is None or (said.startswith(str(words)) and "run again" in said)
 
 
-def hidden(first: Exception, then: Exception, **said: bool) -> Exception:
+def hidden(first: Exception, then: Exception, apart: bool = False) -> Exception:
     """`then`, as it is met when it came up in cleaning up after `first`; `apart`: raised `from None`."""
     try:
         try:
             raise first
         except Exception:
-            if said.get("apart"):
+            if apart:
                 raise then from None
             raise then  # noqa: B904 - as a library does
     except Exception as met:

@@ -175,3 +175,12 @@ def test_reading_takes_no_more_than_a_block_at_a_time(tmp_path: Path) -> None:
     path.write_bytes(whole[:-10])
     stream = items(path)
     assert [next(stream) for _ in range(50)] == EXPECTED
+
+
+def test_want_of_memory_is_not_taken_for_a_damaged_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*given: object) -> None:
+        raise pyarrow.ArrowMemoryError("malloc of size 64 failed")
+
+    monkeypatch.setattr(parquet, "ParquetFile", read)
+    with pytest.raises(MemoryError, match="malloc of size 64 failed"):
+        list(items(tmp_path / "a.parquet"))

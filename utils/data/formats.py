@@ -15,6 +15,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from utils.run.errors import InputError
+from utils.run.trouble import exhausted
 
 LINES, TEXT, TABLE = (".jsonl", ".json"), (".txt",), (".parquet",)
 COMPRESSED = ("", ".zst", ".gz")
@@ -105,7 +106,7 @@ def _table(path: Path) -> Iterator[Item]:
         for batch in table.iter_batches(TABLE_ROWS, columns=columns):
             yield from _batch(batch, path)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+        if exhausted(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not readable as Parquet ({said}); the file is damaged or truncated, fetch it again") from None

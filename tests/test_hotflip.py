@@ -195,11 +195,13 @@ def test_a_search_without_gradient_finds_what_brute_force_finds(model: PreTraine
     assert [attack.evaluations for attack in by_chance] == [attack.evaluations for attack in by_gradient]
 
 
-def test_what_the_gradient_foretells_is_recorded(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Predicted gain and rank correlation of the first flip, again by hand from gradient and exact scores."""
-    monkeypatch.setattr(hotflip, "ROUNDS", 1)  # so that the candidates are the best by first order
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_what_the_gradient_foretells_is_recorded(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
+    """Predicted gain and rank correlation of the first flip, again by hand from gradient and exact scores. Of several rounds the
+    correlation is that of the first, whose candidates are the best by first order."""
+    monkeypatch.setattr(hotflip, "ROUNDS", rounds)
     ids, scorer = random_ids(1, PREFIX + SCORED, seed=5), Scorer(model, "fp32")
-    (attack,) = run(scorer, ids, spec(candidates=12, gradients=1))
+    (attack,) = run(scorer, ids, spec(candidates=12 * rounds, gradients=1))
     slope = scorer.gradient(ids, SCORED, slice(1, 1 + PREFIX))[0]
     edits = first_order_candidates(scorer, slope, ids[0, 1 : 1 + PREFIX], ALLOWED, 12).tolist()
     table = scorer.embeddings
@@ -208,7 +210,8 @@ def test_what_the_gradient_foretells_is_recorded(model: PreTrainedModel, monkeyp
     ranks = [np.argsort(np.argsort(values)) for values in (predicted, true)]
     flip = attack.flips[0]
     assert flip["rank_correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
-    assert flip["predicted"] == pytest.approx(predicted[int(np.argmax(true))], rel=1e-4)
+    if rounds == 1:
+        assert flip["predicted"] == pytest.approx(predicted[int(np.argmax(true))], rel=1e-4)
     assert attack.zero_gradient == 0.0
 
 

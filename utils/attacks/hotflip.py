@@ -38,7 +38,7 @@ class Attack:
     """One text under attack, as it is stored after every flip. `nll[k]`: nats per untouched token after k flips.
 
     A flip is {position, old, new}, with a gradient also its `predicted` gain and the rank correlation of predicted and true gains
-    of all candidates that were scored for it.
+    of the candidates that were scored first, which the gradient alone has chosen.
     """
 
     nll: list[float]
@@ -236,8 +236,9 @@ class FlipSearch:
         place, token = ranking.edits[ranking.rows[best]].tolist()
         flip = {"position": place, "old": int(target.ids[1 + place]), "new": token}
         if self.gradient:
-            predicted = ranking.predicted[ranking.rows]
-            flip |= {"predicted": float(predicted[best]), "rank_correlation": rank_correlation(predicted.numpy(), np.array(ranking.nll))}
+            predicted, true = ranking.predicted[ranking.rows].numpy(), np.array(ranking.nll)
+            correlation = rank_correlation(predicted[: ranking.first], true[: ranking.first])
+            flip |= {"predicted": float(predicted[best]), "rank_correlation": correlation}
         attack.flips.append(flip)
         attack.nll.append(ranking.nll[best])
         target.ids[1 + place] = token

@@ -31,6 +31,7 @@ class Ranking:
     tried: int = 0
     rows: list[int] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)  # of the scored ones
+    first: int = 0  # how many of them were scored before anything was learnt
 
     def next(self, count: int, now: float, directions: Tensor, kept: Callable[[Tensor], list[bool]] | None) -> list[int]:
         """Rows of the next `count` to score, by `kept` of the next that pass it; what is left is sorted by what is to be hoped of it first.
@@ -46,6 +47,7 @@ class Ranking:
 
     def scored(self, rows: Sequence[int], nll: Tensor) -> None:
         """Take the losses (k,) of the substitutions at `rows`."""
+        self.first = self.first or len(rows)
         self.rows += rows
         self.nll += nll.tolist()
 

@@ -24,12 +24,13 @@ from utils.models.head import _rows
 from utils.run.errors import InputError, StoppedInTime
 from utils.run.launch import _free_port, place
 from utils.run.preemption import Stop
-from utils.training import distributed
+from utils.training import distributed, memory
 from utils.training.checkpoint import Checkpoints
 from utils.training.distributed import ALONE, World, joined
 from utils.training.loop import train
 from utils.training.metrics import read_metrics
 from utils.training.run import Run
+from utils.training.step import Stepper
 
 LENGTH = 8
 
@@ -241,6 +242,35 @@ def test_shards_are_cut_over_the_processes(text: tuple[Tokens, Tokens], tmp_path
         assert abs(held - count / 2) < 0.02 * count
 
     together("fsdp2", act)
+
+
+def test_memory_is_counted_by_what_a_process_holds(text: tuple[Tokens, Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fsdp2: half of the moments; and half of the gradients, between two micro-batches too."""
+    for name, value in {"empty_cache": None, "reset_peak_memory_stats": None, "max_memory_allocated": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+
+    def act(world: World) -> None:
+        run = make(text, tmp_path, "baseline", world)
+        count = sum(parameter.numel() for parameter in run.model.parameters())
+        stepper, ids = Stepper(run), torch.from_numpy(run.train.batch(0, 2))
+        found = memory._peak(stepper, ids, 0.0)
+        assert found is not None and abs(found * 2**30 - 8 * count / 2) < 0.02 * 8 * count
+        distributed.last_micro_batch(stepper.loss, False)
+        stepper.gradients(ids)
+        held = sum(distributed.local(parameter.grad).numel() for parameter in stepper.parameters)
+        assert abs(held - count / 2) < 0.02 * count
+
+    together("fsdp2", act)
+
+
+def test_products_in_bf16_on_a_cpu(text: tuple[Tokens, Tokens], tmp_path: Path) -> None:
+    """Blocks are gathered in fp32 there, for norms that take no mixture of formats; so the losses are as with ddp."""
+    losses = []
+    for parallel in ("ddp", "fsdp2"):
+        folder = tmp_path / parallel
+        together(parallel, lambda world, folder=folder: train(replace(make(text, folder, "baseline", world), precision="bf16")) and None)
+        losses.append(outcome(folder)[2][:, 0])
+    torch.testing.assert_close(*losses, rtol=0.0, atol=1e-3)
 
 
 def test_shares_of_a_batch() -> None:

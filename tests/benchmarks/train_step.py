@@ -45,8 +45,10 @@ from utils.training.step import Stepper
 from utils.training.throughput import flops_per_token
 
 SHAPES = {
+    "pythia-6.9b": {"vocab": 50432, "hidden": 4096, "layers": 32, "heads": 32, "length": 2048, "batch": 8, "matmul": 8192},
     "pythia-1.4b": {"vocab": 50304, "hidden": 2048, "layers": 24, "heads": 16, "length": 2048, "batch": 8, "matmul": 8192},
     "pythia-410m": {"vocab": 50304, "hidden": 1024, "layers": 24, "heads": 16, "length": 2048, "batch": 8, "matmul": 8192},
+    "neox-42m": {"vocab": 16384, "hidden": 512, "layers": 8, "heads": 8, "length": 512, "batch": 8, "matmul": 8192},
     "tiny": {"vocab": 512, "hidden": 64, "layers": 2, "heads": 2, "length": 64, "batch": 4, "matmul": 256},
 }
 ARMS = ("baseline", "monotone", "softplus", "distilling", "plain", "trainer", "trainer compiled")
@@ -61,11 +63,15 @@ class Bench:
         self.name, self.shape, self.folder, self.steps = shape, SHAPES[shape], folder, steps
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.compile_, self.compiled = compile_, compiles(Compute.model_validate({"compile": compile_}), self.device)
-        ids = np.random.default_rng(0).integers(0, self.shape["vocab"], 200 * self.shape["batch"] * self.shape["length"])
-        ids.astype("<u2").tofile(folder / "tokens.bin")
-        index = {"dtype": "<u2", "end_of_text": 0, "subsets": [], "duplicates": 0, "complete": True, "shards": []}
-        (folder / "index.json").write_text(json.dumps(index | {"documents": 1, "tokens": len(ids)}))
+        if not (folder / "index.json").exists():
+            self._write_text()
         self.text = PackedBatches(Tokens(folder), self.shape["length"], seed=0)
+
+    def _write_text(self) -> None:
+        ids = np.random.default_rng(0).integers(0, self.shape["vocab"], 200 * self.shape["batch"] * self.shape["length"])
+        ids.astype("<u2").tofile(self.folder / "tokens.bin")
+        index = {"dtype": "<u2", "end_of_text": 0, "subsets": [], "duplicates": 0, "complete": True, "shards": []}
+        (self.folder / "index.json").write_text(json.dumps(index | {"documents": 1, "tokens": len(ids)}))
 
     @property
     def tokens(self) -> int:
@@ -74,17 +80,19 @@ class Bench:
     def model(self, device: str | None = None) -> PreTrainedModel:
         """Random fp32 weights."""
         torch.manual_seed(0)
-        config = GPTNeoXConfig(
+        with torch.device(device or self.device):
+            return AutoModelForCausalLM.from_config(self.config(self.shape["layers"]), dtype=torch.float32).eval()
+
+    def config(self, layers: int) -> GPTNeoXConfig:
+        return GPTNeoXConfig(
             vocab_size=self.shape["vocab"],
             hidden_size=self.shape["hidden"],
-            num_hidden_layers=self.shape["layers"],
+            num_hidden_layers=layers,
             num_attention_heads=self.shape["heads"],
             intermediate_size=4 * self.shape["hidden"],
             max_position_embeddings=self.shape["length"],
             use_cache=False,
         )
-        with torch.device(device or self.device):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
     def run(self, arm: str, **settings: Any) -> Run:
         model, constraint, teacher = self.model(), None, None
@@ -126,11 +134,10 @@ def sync() -> None:
 def matmul_rate(device: torch.device, size: int) -> float:
     """FLOP/s of one large bf16 product of random matrices, median of 30."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    marks = list(_marks(lambda _: a @ b, 40))
-    return 2 * size**3 / statistics.median(marks[10:])
+    return 2 * size**3 / statistics.median(list(durations(lambda _: a @ b, 40))[10:])
 
 
-def _marks(act: Callable[[int], Any], count: int) -> Iterator[float]:
+def durations(act: Callable[[int], Any], count: int) -> Iterator[float]:
     """Seconds of each call: by events on a GPU, where the host runs ahead as it does in training."""
     if torch.cuda.is_available():
         events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
@@ -176,7 +183,7 @@ def engine(bench: Bench, arm: str, losses: list[Tensor]) -> list[float]:
         stepper = Stepper(run)
         stepper.split(bench.shape["batch"], 0.0)
         with closing(prefetched(run.train, run.spec.batch_size, range(bench.steps), run.device)) as batches:
-            return list(_marks(lambda _: losses.append(stepper(next(batches), RATE, 0)[1]), bench.steps))
+            return list(durations(lambda _: losses.append(stepper(next(batches), RATE, 0)[1]), bench.steps))
 
 
 def plain(bench: Bench, arm: str, losses: list[Tensor]) -> list[float]:
@@ -195,7 +202,7 @@ def plain(bench: Bench, arm: str, losses: list[Tensor]) -> list[float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return list(_marks(step, bench.steps))
+    return list(durations(step, bench.steps))
 
 
 def trainer(bench: Bench, arm: str, losses: list[Tensor]) -> list[float]:
@@ -340,7 +347,7 @@ def fitting(bench: Bench, gigabytes: int) -> dict[str, Any]:
         stepper.split(*chosen)
         batches = [torch.from_numpy(bench.text.batch(number, 128)).to(bench.device) for number in range(2)]
         torch.cuda.reset_peak_memory_stats()
-        seconds = list(_marks(lambda number: stepper(batches[number % 2], RATE), 3))
+        seconds = list(durations(lambda number: stepper(batches[number % 2], RATE), 3))
     torch.cuda.set_per_process_memory_fraction(1.0)
     return found | {
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
@@ -88,7 +88,8 @@ def spread_out(module: nn.Module, blocks: list[nn.Module], world: World, precisi
     """The module as all processes run it together. It is called as before; its gradients are means over the processes.
 
     ddp: a whole copy in each. fsdp2: parameters, gradients and moments are cut along their first dimension, block by block; blocks are
-    gathered in bf16 if products run in bf16 (a softplus parametrisation in fp32: its V would lose W's precision), gradients summed in fp32.
+    gathered in bf16 if products run in bf16 (in fp32 on a CPU, whose norms need that, and with a parametrisation, whose V would lose W's
+    precision), gradients summed in fp32.
     """
     if world.parallel == "ddp":
         constant = [name for name, _ in module.named_buffers()]  # the same everywhere, and never written
@@ -98,7 +99,7 @@ def spread_out(module: nn.Module, blocks: list[nn.Module], world: World, precisi
         device = "cuda" if torch.cuda.is_available() else "cpu"
         mesh = init_device_mesh(device, (world.size,))
         for block in blocks:
-            exact = precision == "fp32" or any(parametrize.is_parametrized(part) for part in block.modules())
+            exact = precision == "fp32" or device == "cpu" or any(parametrize.is_parametrized(part) for part in block.modules())
             policy = MixedPrecisionPolicy(None if exact else torch.bfloat16, torch.float32, cast_forward_inputs=False)
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False))
@@ -106,11 +107,10 @@ def spread_out(module: nn.Module, blocks: list[nn.Module], world: World, precisi
 
 
 def last_micro_batch(module: nn.Module, last: bool) -> None:
-    """Gradients are exchanged in the backward pass of a step's last micro-batch alone."""
+    """With ddp gradients are exchanged in the backward pass of a step's last micro-batch alone. With fsdp2 in each: until they are
+    exchanged they are whole, in fp32, on every device, which is the memory that one has cut the model to save."""
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = last
-    elif isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
 
 
 def local(tensor: Tensor) -> Tensor:

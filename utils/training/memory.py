@@ -10,6 +10,7 @@ from torch import Tensor
 
 from configs.schema import Training
 from utils.run.errors import InputError, WorkFailed
+from utils.training.distributed import local
 from utils.training.run import Run
 from utils.training.step import Stepper
 
@@ -73,7 +74,7 @@ def _peak(stepper: Stepper, ids: Tensor, share: float) -> float | None:
             stepper.switch(True)
             stepper.gradients(ids)
             stepper.switch(False)
-        moments = 0 if stepper.optimizer.state else 8 * sum(parameter.numel() for parameter in stepper.parameters)
+        moments = 0 if stepper.optimizer.state else 8 * sum(local(parameter).numel() for parameter in stepper.parameters)
         return (torch.cuda.max_memory_allocated() + moments) / 2**30
     except torch.OutOfMemoryError:
         return None

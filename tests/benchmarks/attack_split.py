@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ DATA = {
     "test_tokens": 60_000,
 }
 FLIPS = {"texts": 64, "flips": 4, "longer_texts": 8, "batch_size": 8}
-SECTIONS = {"model.scratch": SHAPE, "training": TRAINING, "data": DATA, "hotflip": FLIPS}
+SECTIONS: dict[str, Mapping[str, object]] = {"model.scratch": SHAPE, "training": TRAINING, "data": DATA, "hotflip": FLIPS}
 SETTINGS = [f"{section}.{key}={value}" for section, keys in SECTIONS.items() for key, value in keys.items()]
 
 
@@ -57,10 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prepare", action="store_true", help="run stages 0 to 4 in --folder, no more")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    chosen, processes = (
-        ["--config", "standin-42m", *(word for item in SETTINGS.items() for word in ("--set", "=".join(item)))],
-        options.processes,
-    )
+    chosen, processes = [word for item in SETTINGS for word in ("--set", item)], options.processes
+    chosen = ["--config", "standin-42m", *chosen]
     if options.quick:
         chosen, processes = ["--config", "standin-42m", *(word for item in SETTINGS for word in ("--set", item))], options.processes
     if options.quick:

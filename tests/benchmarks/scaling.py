@@ -84,8 +84,8 @@ class ScalingBench(Bench):
         run = self.run("baseline", steps=job.steps, validate_every=max(1, job.steps // 2), max_loss_rise=10.0, **split)
         validation = copy.copy(self.text)
         validation.count = VALIDATED
-        files = {"state_folder": self.state(job.name) / "checkpoints", "metrics": self.folder / job.name / "metrics.jsonl"}
-        return replace(run, world=world, precision=job.precision, validation=validation, label=job.name, **files)
+        run.state_folder, run.metrics = self.state(job.name) / "checkpoints", self.folder / job.name / "metrics.jsonl"
+        return replace(run, world=world, precision=job.precision, validation=validation, label=job.name)
 
     def state(self, name: str) -> Path:
         return self.folder / name / "state"

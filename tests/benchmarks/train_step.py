@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -313,9 +313,9 @@ def resume(bench: Bench, since: float) -> None:
             marks["resume, seconds to: checksums taken"] = time.time() - since
             return found
 
-        def model_tensors(self, step: int) -> dict[str, Tensor]:
+        def model_tensors(self, step: int, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
             mark("blocks compiled")
-            return super().model_tensors(step)
+            return super().model_tensors(step, like)
 
     class Restored(Stepper):
         def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
@@ -347,7 +347,7 @@ def fitting(bench: Bench, gigabytes: int) -> dict[str, Any]:
         stepper.split(*chosen)
         batches = [torch.from_numpy(bench.text.batch(number, 128)).to(bench.device) for number in range(2)]
         torch.cuda.reset_peak_memory_stats()
-        seconds = list(durations(lambda number: stepper(batches[number % 2], RATE), 3))
+        seconds = list(durations(lambda number: stepper(batches[number % 2], RATE, number), 3))
     torch.cuda.set_per_process_memory_fraction(1.0)
     return found | {
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,

@@ -144,7 +144,7 @@ def trained(bench: ScalingBench, job: Job, world: World) -> dict[str, Any]:
 def launches(big: tuple[str, str], small: str, batch: int, processes: int) -> list[tuple[str, list[Job]]]:
     """(parallel, jobs) of every launch, in order."""
     run = Job("", small, 16, 4, steps=STEPS, precision="fp32", trains=True)
-    one, many = Job("", big[0], batch, 8), Job("", big[1], batch // 4, 4, recompute=1.0)
+    one, many = Job("", big[0], batch, 8), Job("", big[1], batch // 4, 4, recompute=1.0, steps=5)
 
     def jobs(parallel: str) -> list[Job]:
         few = 8 if parallel == "none" else 8 * processes

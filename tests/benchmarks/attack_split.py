@@ -26,7 +26,7 @@ GOAL = 0.95  # of perfect scaling
 STAGES = ("5", "6")
 SHAPE = {"hidden": 1024, "layers": 24, "heads": 16, "intermediate": 4096, "steps": 20, "batch_size": 32, "earlier": "[5,10]"}
 TRAINING = {"steps": 20, "batch_size": 32, "validate_every": 20, "max_loss_rise": 10}
-TEXT = "{packages: [stdlib, numpy, pandas, torch, transformers], characters: 8_000_000, document_characters: 4000}"
+TEXT = "{packages: [stdlib, numpy, pandas, torch, transformers], characters: 15_000_000, document_characters: 4000}"
 DATA = {
     "source": "embedded",
     "files": "null",

@@ -102,6 +102,8 @@ def work(path: Path) -> None:
             found = {"matmul_flops_per_second": matmul_rate(bench.device, bench.shape["matmul"])}
             found |= trained(bench, job, world) if job.trains else timed(bench, job, world)
             write_json(path.parent / f"{job.name}.{world.rank}.json", asdict(job) | found)
+            if world.first and spec["out"]:
+                write_json(Path(spec["out"]), summary(path.parent))  # what is found is not lost if the rest is
 
 
 def timed(bench: ScalingBench, job: Job, world: World) -> dict[str, Any]:
@@ -207,6 +209,11 @@ def gathered(folder: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
+def summary(folder: Path) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"torch": torch.__version__, "device": name, "jobs": gathered(folder)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs=2, choices=SHAPES, default=["pythia-1.4b", "pythia-6.9b"], help="for ddp and for fsdp2")
@@ -225,8 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for shape in {*big, small}:
             ScalingBench(shape, folder, "off")  # its text, for all processes
         for number, (parallel, jobs) in enumerate(launches(big, small, batch, processes)):
-            spec = folder / f"launch_{number}"
-            write_json(spec, {"parallel": parallel, "compile": options.compile_, "jobs": [asdict(job) for job in jobs]})
+            spec, out = folder / f"launch_{number}", options.out and str(options.out.absolute())
+            write_json(spec, {"parallel": parallel, "compile": options.compile_, "out": out, "jobs": [asdict(job) for job in jobs]})
             try:
                 launch("tests.benchmarks.scaling", ["--work", str(spec)], 1 if parallel == "none" else processes, folder / parallel, Stop())
             except WorkFailed as error:
@@ -235,17 +242,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = gathered(folder)
             print(table(results), flush=True)
             if options.out:
-                write_json(options.out, {"torch": torch.__version__, "device": device_name(), "jobs": results})
+                write_json(options.out, summary(folder))
     missed = 0
     for what, value, goal, met in judged(results, processes):
         timed_on_cpu = "scaling" in what and not torch.cuda.is_available()
         missed += not met and not timed_on_cpu
         print(f"{what:<48}{'not measured' if value is None else f'{value:12.3g}'}   goal {goal:g}{'' if met else '   MISSED'}")
     return int(bool(failed or missed))
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 if __name__ == "__main__":

@@ -46,6 +46,6 @@ def stop_if_lost(in_a_row: int, limit: int, step: int, verdict: int, rate: float
     if in_a_row >= limit:
         raise WorkFailed(
             f"step {step}: loss {loss}, gradient norm {norm}: the last of {in_a_row} skipped steps in a row ({NAMES[verdict]}); "
-            f"the state before them is kept. Lower the learning rate (now {rate:g}), or raise training.max_loss_rise if the loss is "
-            "expected to jump, and run with --discard"
+            f"the state before them is kept. Lower the learning rate (now {rate:g}), give an annealed bound more steps (training.steps, "
+            "monotone.anneal_share), or raise training.max_loss_rise if the loss is expected to jump, and run with --discard"
         )

@@ -315,3 +315,9 @@ def test_each_process_takes_its_own_card(monkeypatch: pytest.MonkeyPatch) -> Non
     with joined("ddp") as world:
         assert (world.rank, world.size, world.first, world.parallel) == (5, 6, False, "ddp")
     assert said == [0, ("cpu:gloo,cuda:nccl", 5, 6), "left"]
+    with pytest.raises(StoppedInTime), joined("ddp"):
+        raise StoppedInTime("signal")
+    assert said[3:] == [0, ("cpu:gloo,cuda:nccl", 5, 6), "left"]
+    with pytest.raises(ZeroDivisionError), joined("ddp"):
+        raise ZeroDivisionError  # the others are not there to leave with it
+    assert said[6:] == [0, ("cpu:gloo,cuda:nccl", 5, 6)]

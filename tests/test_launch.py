@@ -20,7 +20,7 @@ from configs.schema import Experiment, Monotone, Training
 from tests.tiny_models import random_model, write_tokens
 from utils.models.loading import save_model
 from utils.run import launch
-from utils.run.errors import InputError, StoppedInTime, WorkFailed
+from utils.run.errors import DONE, FAILED, InputError, StoppedInTime, WorkFailed
 from utils.run.launch import StopFile, of_several
 from utils.run.preemption import Stop
 from utils.training import recovery, worker
@@ -167,6 +167,31 @@ def test_processes_without_a_checkpoint_are_a_failure(together: tuple[Experiment
     monkeypatch.setattr(recovery, "launch", lambda *arguments: None)
     with pytest.raises(WorkFailed, match="found no intact checkpoint of step 5 after training"):
         recover(together[0], 3, 2e-2, None, together[1], Stop(), "train")
+
+
+@pytest.mark.parametrize(("device", "processes"), [("cuda", 3), ("cpu", 2)])
+def test_a_gpu_for_each_process(together: tuple[Experiment, Files], monkeypatch: pytest.MonkeyPatch, device: str, processes: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config, files = together
+    compute = config.compute.model_copy(update={"device": device, "processes": processes})
+    with pytest.raises(InputError, match=rf"compute.device={device}: found {processes} processes and 2 GPUs, expected a GPU for each"):
+        recover(config.model_copy(update={"compute": compute}), 3, 2e-2, None, files, Stop(), "train")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"), [(None, DONE, "left"), ("WorkFailed('lost')", FAILED, "lost"), ("KeyError(7)", FAILED, "KeyError: 7")]
+)
+def test_a_process_that_failed_waits_for_nobody(error: str | None, code: int, said: str) -> None:
+    """What libraries have put off until the end of the interpreter would wait for the others."""
+    program = (
+        "import atexit, sys; from utils.run.launch import end_of_several; from utils.run.errors import WorkFailed\n"
+        "atexit.register(lambda: print('left'))\n"
+        f"def work():\n    {'pass' if error is None else f'raise {error}'}\n"
+        "end_of_several(work)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ended.returncode == code and said in ended.stdout + ended.stderr
+    assert ("left" in ended.stdout) == (error is None)
 
 
 def test_without_gpus_there_is_nothing_to_start(together: tuple[Experiment, Files], monkeypatch: pytest.MonkeyPatch) -> None:

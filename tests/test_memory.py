@@ -17,6 +17,7 @@ from utils.models.constraints import Constraint
 from utils.run.errors import WorkFailed
 from utils.run.preemption import Stop
 from utils.training import memory
+from utils.training.distributed import World
 from utils.training.memory import choose, measured
 from utils.training.run import Run
 from utils.training.step import Stepper
@@ -116,6 +117,14 @@ def test_a_real_pass_is_measured(run: Run, card: SimpleNamespace) -> None:
     assert all(map(torch.equal, before, stepper.parameters))
 
 
+def test_a_copy_under_way_is_awaited_before_the_guard_judges(run: Run) -> None:
+    """What it remembers belongs to the checkpoint, like the weights."""
+    seen: list[int] = []
+    stepper = Stepper(run, lambda: seen.append(int(stepper.guard.count)))
+    stepper(torch.from_numpy(run.train.batch(0, 12)), 1e-3, 0)
+    assert seen == [0]
+
+
 def test_a_layer_wise_step_is_measured_too(run: Run, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     converted = replace(run, constraint=Constraint(run.model, Monotone(layerwise_share=1.0)), teacher=random_model(seed=1))
     stepper, kinds = Stepper(converted), []
@@ -134,6 +143,27 @@ def test_a_pass_without_room_is_no_error(run: Run, card: SimpleNamespace, monkey
 
     monkeypatch.setattr(stepper, "gradients", full)
     assert memory._peak(stepper, torch.zeros(1, 9, dtype=torch.long), 0.0) is None
+
+
+def test_of_several_none_goes_on_after_a_pass_without_room(run: Run, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are in the middle of an exchange with it."""
+    stepper = Stepper(run)
+
+    def full(ids: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(stepper, "gradients", full)
+    run.world = World(0, 2, "ddp")
+    with pytest.raises(torch.OutOfMemoryError):
+        memory._peak(stepper, torch.zeros(1, 9, dtype=torch.long), 0.0)
+
+
+def test_both_kinds_of_micro_batches_are_measured(run: Run, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ddp a gradient that waits for the last micro-batch lies beside the buffers of the exchange."""
+    kinds: list[bool] = []
+    monkeypatch.setattr(memory, "last_micro_batch", lambda module, last: kinds.append(last))
+    memory._peak(Stepper(run), torch.from_numpy(run.train.batch(0, 2)), 0.0)
+    assert kinds == [False, True]
 
 
 def test_usable_memory_is_what_is_free_and_what_is_ours(card: SimpleNamespace) -> None:
@@ -158,3 +188,5 @@ def test_on_a_gpu_auto_measures(run: Run, monkeypatch: pytest.MonkeyPatch, capsy
     assert choose(run, SimpleNamespace()) == (4, 0.0)  # 0.92 of 80 GiB are 73.6: four sequences, not six
     assert tried == [(1, 0.0), (2, 0.0)]
     assert "micro-batches of 4 sequences, 0% of the blocks recomputed" in capsys.readouterr().out
+    monkeypatch.setattr(World, "largest", lambda self, value: value + 2)  # another process needs 2 GiB more, and has 2 GiB less
+    assert choose(run, SimpleNamespace()) == (3, 0.0)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.benchmarks.train_step import RATE, SHAPES, Bench, durations, matmul_rate, release
 from utils.run.artifacts import write_json
 from utils.run.errors import WorkFailed
-from utils.run.launch import launch, of_several
+from utils.run.launch import end_of_several, launch
 from utils.run.preemption import Stop
 from utils.training.batches import prefetched
 from utils.training.distributed import ALONE, World, joined
@@ -143,38 +143,32 @@ def trained(bench: ScalingBench, job: Job, world: World) -> dict[str, Any]:
     return {"losses": [row["loss"] for row in read_metrics(run.metrics)[0]]} if world.first else {}
 
 
-def launches(big: tuple[str, str], small: str, batch: int, processes: int) -> list[tuple[str, list[Job]]]:
+def launches(big: tuple[str, str], small: str, batch: int, processes: int, ways: Sequence[str]) -> list[tuple[str, list[Job]]]:
     """(parallel, jobs) of every launch, in order."""
     run = Job("", small, 16, 4, steps=STEPS, precision="fp32", trains=True)
     one, many = Job("", big[0], batch, 8), Job("", big[1], batch // 4, 4, recompute=1.0, steps=5)
-
-    def jobs(parallel: str) -> list[Job]:
-        few = 8 if parallel == "none" else 8 * processes
-        named = {"study": one, "unaccumulated": replace(one, batch=few), "large": many}
-        named |= {"large, auto": replace(many, micro_batch="auto", recompute="auto"), "fp32": run, "bf16": replace(run, precision="bf16")}
-        named["onward"] = replace(run, goes_on_from="none fp32")
-        chosen = {"none": ("study", "unaccumulated", "fp32", "bf16", "large"), "ddp": ("study", "unaccumulated", "fp32", "bf16", "onward")}
-        return [
-            replace(named[name], name=f"{parallel} {name}")
-            for name in chosen.get(parallel, ("large", "large, auto", "fp32", "bf16", "onward"))
-        ]
-
-    back = [replace(run, name=f"{parallel} back", goes_on_from=f"{parallel} fp32") for parallel in GOALS]
-    return [*((parallel, jobs(parallel)) for parallel in ("none", *GOALS)), ("none", back)]
+    speed = {"ddp": {"study": one, "unaccumulated": replace(one, batch=8 * processes)}, "fsdp2": {"large": many}}
+    alone = {"study": one, "unaccumulated": replace(one, batch=8), "large": many}
+    auto = {"large, auto": replace(many, micro_batch="auto", recompute="auto")}
+    same = {"fp32": run, "bf16": replace(run, precision="bf16")}
+    onward = {"onward": replace(run, goes_on_from="none fp32")}
+    jobs = {"none": same | {name: alone[name] for way in ways for name in speed[way]}}
+    jobs |= {way: same | onward | speed[way] | (auto if way == "fsdp2" else {}) for way in ways}
+    named = [(way, [replace(job, name=f"{way} {name}") for name, job in chosen.items()]) for way, chosen in jobs.items()]
+    return [*named, ("none", [replace(run, name=f"{way} back", goes_on_from=f"{way} fp32") for way in ways])]
 
 
-def judged(results: dict[str, dict[str, Any]], processes: int) -> list[tuple[str, float | None, float, bool]]:
+def judged(results: dict[str, dict[str, Any]], processes: int, ways: Sequence[str]) -> list[tuple[str, float | None, float, bool]]:
     """(what, measured or None, goal, met) for every goal."""
     found: list[tuple[str, float | None, float, bool]] = []
-    for parallel, work in (("ddp", "study"), ("ddp", "unaccumulated"), ("fsdp2", "large")):
-        speeds = [results.get(f"{name} {work}", {}).get("tokens_per_second") for name in (parallel, "none")]
+    timed = [pair for pair in (("ddp", "study"), ("ddp", "unaccumulated"), ("fsdp2", "large")) if pair[0] in ways]
+    for way, work in timed:
+        speeds = [results.get(f"{name} {work}", {}).get("tokens_per_second") for name in (way, "none")]
         share = speeds[0] / speeds[1] / processes if speeds[0] and speeds[1] else None
-        found.append(
-            (f"{parallel} {work}: share of perfect scaling", share, GOALS[parallel], share is not None and share >= GOALS[parallel])
-        )
-    pairs = [(f"{parallel} {precision}", f"none {precision}") for parallel in GOALS for precision in BOUNDS]
-    pairs += [(f"{parallel} {way}", "none fp32") for parallel in GOALS for way in ("onward", "back")]
-    for one, other in (*pairs, ("ddp study", "none study"), ("fsdp2 large", "none large")):
+        found.append((f"{way} {work}: share of perfect scaling", share, GOALS[way], share is not None and share >= GOALS[way]))
+    pairs = [(f"{way} {precision}", f"none {precision}") for way in ways for precision in BOUNDS]
+    pairs += [(f"{way} {other}", "none fp32") for way in ways for other in ("onward", "back")]
+    for one, other in (*pairs, *((f"{way} {work}", f"none {work}") for way, work in timed if work != "unaccumulated")):
         losses = [results.get(name, {}).get("losses") for name in (one, other)]
         apart = max(abs(a - b) for a, b in zip(*losses, strict=True)) if losses[0] and losses[1] else None
         bound = BOUNDS[results[one]["precision"]] if one in results else 0.0
@@ -217,6 +211,7 @@ def summary(folder: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs=2, choices=SHAPES, default=["pythia-1.4b", "pythia-6.9b"], help="for ddp and for fsdp2")
+    parser.add_argument("--ways", nargs="+", choices=GOALS, default=list(GOALS), help="what is held against one GPU")
     parser.add_argument("--batch", type=int, default=128, help="sequences a step for ddp; a quarter of them for fsdp2")
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count(), help="default: one for each GPU")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", dest="compile_")
@@ -231,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(name)
         for shape in {*big, small}:
             ScalingBench(shape, folder, "off")  # its text, for all processes
-        for number, (parallel, jobs) in enumerate(launches(big, small, batch, processes)):
+        for number, (parallel, jobs) in enumerate(launches(big, small, batch, processes, options.ways)):
             spec, out = folder / f"launch_{number}", options.out and str(options.out.absolute())
             write_json(spec, {"parallel": parallel, "compile": options.compile_, "out": out, "jobs": [asdict(job) for job in jobs]})
             try:
@@ -244,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.out:
                 write_json(options.out, summary(folder))
     missed = 0
-    for what, value, goal, met in judged(results, processes):
+    for what, value, goal, met in judged(results, processes, options.ways):
         timed_on_cpu = "scaling" in what and not torch.cuda.is_available()
         missed += not met and not timed_on_cpu
         print(f"{what:<48}{'not measured' if value is None else f'{value:12.3g}'}   goal {goal:g}{'' if met else '   MISSED'}")
@@ -253,5 +248,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
-        sys.exit(of_several(lambda: work(Path(sys.argv[2]))))
+        end_of_several(lambda: work(Path(sys.argv[2])))
     sys.exit(main())

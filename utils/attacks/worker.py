@@ -14,7 +14,7 @@ from utils.attacks.study import Files, Study
 from utils.attacks.trigger_study import TriggerStudy
 from utils.models.loading import device_of
 from utils.run.artifacts import read_json
-from utils.run.launch import StopFile, of_several, place
+from utils.run.launch import StopFile, end_of_several, place
 from utils.run.progress import Report
 from utils.run.units import Place, Share
 
@@ -34,4 +34,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(of_several(lambda: main(sys.argv[1])))
+    end_of_several(lambda: main(sys.argv[1]))

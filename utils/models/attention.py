@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -40,7 +41,7 @@ def packed_causal(*models: PreTrainedModel, kernels: Sequence[SDPBackend] = FAST
     for packed texts, for which the host waits until the device has caught up."""
     before = [model.config._attn_implementation for model in models]
     with ExitStack() as stack:
-        if any(model.device.type == "cuda" for model in models):
+        if torch.cuda.is_available():  # whatever the models say: one to be cut over processes is not there yet
             stack.enter_context(sdpa_kernel(list(kernels), set_priority=True))
         for model, name in zip(models, before, strict=True):
             model.set_attn_implementation(NAME)

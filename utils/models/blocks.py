@@ -33,6 +33,7 @@ def prepare_blocks(model: PreTrainedModel, compiled: bool, recompute: float = 0.
     """
     found = blocks(model)
     if compiled:
+        torch._dynamo.config.optimize_ddp = False  # it would cut every block at DDP's buckets: blocks are small graphs already
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     for number, block in enumerate(found):
         block._compiled_call_impl = None

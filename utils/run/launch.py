@@ -11,9 +11,11 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 from utils.run.artifacts import remove, write_text
 from utils.run.environment import number
@@ -71,6 +73,20 @@ def of_several(work: Callable[[], None]) -> int:
         print(f"  {words}", file=sys.stderr, flush=True)
         return FAILED
     return DONE
+
+
+def end_of_several(work: Callable[[], None]) -> NoReturn:
+    """Do the work of one launched process, and end it. After a failure at once: libraries would wait for the others, who wait for it."""
+    code = FAILED
+    try:
+        code = of_several(work)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code not in (DONE, STOPPED):
+        os._exit(code)
+    sys.exit(code)
 
 
 def launch(module: str, arguments: Sequence[str], count: int, state: Path, stop: Stop) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from utils.run.errors import InputError
+from utils.run.errors import InputError, StoppedInTime
 from utils.run.launch import place
 
 
@@ -52,12 +52,16 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in one of the processes. The hosts talk; the devices go on."""
+        """Whether the flag is up in one of the processes."""
+        return bool(self.largest(float(flag)))
+
+    def largest(self, value: float) -> float:
+        """The largest value of a process. The hosts talk; the devices go on."""
         if self.size == 1:
-            return flag
-        raised = torch.tensor([float(flag)])
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return bool(raised[0])
+            return value
+        box = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return float(box[0])
 
     def told(self, value: Any) -> Any:
         """The first process's value."""
@@ -73,15 +77,24 @@ ALONE = World()
 
 @contextmanager
 def joined(parallel: str) -> Iterator[World]:
-    """Meet the other processes at MASTER_ADDR:MASTER_PORT, and leave them at the end."""
+    """Meet the other processes at MASTER_ADDR:MASTER_PORT, and leave them at the end.
+
+    On a GPU one leaves together or not at all: NCCL waits for the others, and they for this process. One that has failed must just end.
+    """
     rank, size, local = place()
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=rank, world_size=size)
+    together = not torch.cuda.is_available()
     try:
         yield World(rank, size, parallel)
+        together = True
+    except StoppedInTime:
+        together = True
+        raise
     finally:
-        dist.destroy_process_group()
+        if together:
+            dist.destroy_process_group()
 
 
 def spread_out(module: nn.Module, blocks: list[nn.Module], world: World, precision: str) -> nn.Module:

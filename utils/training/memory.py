@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs.schema import Training
 from utils.run.errors import InputError, WorkFailed
-from utils.training.distributed import local
+from utils.training.distributed import last_micro_batch, local
 from utils.training.run import Run
 from utils.training.step import Stepper
 
@@ -25,7 +25,13 @@ def choose(run: Run, stepper: Stepper) -> Split:
     spec = run.spec
     if run.device.type == "cuda" and "auto" in (spec.micro_batch, spec.recompute):
         ids = torch.from_numpy(run.train.batch(0, spec.batch_size)).to(run.device)
-        split = measured(spec, _sizes(run), lambda size, share: _peak(stepper, ids[:size], share), MARGIN * _usable(run.device) / 2**30)
+
+        def peak(size: int, share: float) -> float:
+            """Of the process that needs most: all have to come to the same choice."""
+            found = _peak(stepper, ids[:size], share)
+            return run.world.largest(math.inf if found is None else found)
+
+        split = measured(spec, _sizes(run), peak, -run.world.largest(-MARGIN * _usable(run.device) / 2**30))
     else:
         fitting = [size for size in _sizes(run) if size * run.train.length <= CPU_TOKENS]
         split = (max(fitting, default=_sizes(run)[0]), 0.0 if spec.recompute == "auto" else spec.recompute)
@@ -68,7 +74,8 @@ def _peak(stepper: Stepper, ids: Tensor, share: float) -> float | None:
     torch.cuda.reset_peak_memory_stats()
     try:
         stepper.split(len(ids), share)
-        for _ in range(2):  # the second pass also holds the gradients of the first
+        for last in (False, True):  # the second pass also holds the gradients of the first
+            last_micro_batch(stepper.loss, last)
             stepper.gradients(ids)
         if stepper.run.layerwise_steps:
             stepper.switch(True)
@@ -77,6 +84,8 @@ def _peak(stepper: Stepper, ids: Tensor, share: float) -> float | None:
         moments = 0 if stepper.optimizer.state else 8 * sum(local(parameter).numel() for parameter in stepper.parameters)
         return (torch.cuda.max_memory_allocated() + moments) / 2**30
     except torch.OutOfMemoryError:
+        if stepper.run.world.size > 1:
+            raise  # in the middle of an exchange with the others, after which neither ddp nor fsdp2 can be used again
         return None
     finally:
         stepper.optimizer.zero_grad(set_to_none=True)

@@ -108,6 +108,12 @@ def _train_together(
     count = compute.processes or torch.cuda.device_count()
     if count < 1:
         raise InputError(f"compute.parallel={compute.parallel}: found no GPU, expected some; ask for them, or set compute.processes")
+    cards = torch.cuda.device_count()
+    if cards and (compute.device == "cpu" or count > cards):
+        raise InputError(
+            f"compute.parallel={compute.parallel}, compute.device={compute.device}: found {count} processes and {cards} GPUs, expected a "
+            "GPU for each process; choose compute.processes, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on CPUs"
+        )
     spec = {
         "config": config.model_dump_json(),
         "seed": seed,

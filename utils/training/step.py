@@ -77,6 +77,7 @@ class Stepper:
             sums += self.gradients(part)
         values = self.run.world.sum(sums) / self.run.tokens_per_step
         norm = total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None], self.run.world)
+        self.before_update()
         verdict = self.guard.judge(values[0], norm, remember=not self.layerwise)
         self._update(norm, verdict, rate, step)
         return torch.cat([values, norm.reshape(1), verdict])
@@ -121,7 +122,6 @@ class Stepper:
         self.optimizer.grad_scale = torch.where(good, (norm / self.run.spec.max_gradient_norm).clamp(min=1.0), 1.0)  # type: ignore[attr-defined]
         self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
         optim.set_rate(self.optimizer, rate)
-        self.before_update()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.run.constraint:

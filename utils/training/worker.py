@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configs.schema import Experiment, Monotone
 from utils.run.artifacts import read_json
-from utils.run.launch import StopFile, of_several
+from utils.run.launch import StopFile, end_of_several
 from utils.run.progress import Report
 from utils.training.distributed import joined
 from utils.training.loop import train
@@ -30,4 +30,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(of_several(lambda: main(sys.argv[1])))
+    end_of_several(lambda: main(sys.argv[1]))

@@ -64,6 +64,12 @@ def test_a_failed_process_ends_the_others_and_is_quoted(tmp_path: Path, monkeypa
         start("0=hang,1=3", tmp_path)
 
 
+def test_the_one_that_knows_why_is_quoted(tmp_path: Path) -> None:
+    """Not the one that crashed because it had lost the other."""
+    with pytest.raises(WorkFailed, match=r"^process 1 of 2 ended with code 3: process 1 says why$"):
+        start(f"0={launch.CRASHED},1=3", tmp_path)
+
+
 def test_the_first_process_speaks_for_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(WorkFailed, match=r"^process 0 of 2 ended with code 1: its messages are above"):
         start("0=1", tmp_path)
@@ -179,7 +185,8 @@ def test_a_gpu_for_each_process(together: tuple[Experiment, Files], monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"), [(None, DONE, "left"), ("WorkFailed('lost')", FAILED, "lost"), ("KeyError(7)", FAILED, "KeyError: 7")]
+    ("error", "code", "said"),
+    [(None, DONE, "left"), ("WorkFailed('lost')", FAILED, "lost"), ("KeyError(7)", launch.CRASHED, "KeyError: 7")],
 )
 def test_a_process_that_failed_waits_for_nobody(error: str | None, code: int, said: str) -> None:
     """What libraries have put off until the end of the interpreter would wait for the others."""

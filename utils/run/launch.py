@@ -26,6 +26,7 @@ from utils.run.trouble import explained
 RUN = "import runpy, sys; sys.path[0] = sys.argv.pop(1); runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 POLL_SECONDS = 0.2
 PATIENCE = 30.0  # seconds that the others get when one has failed: to say why, if they know
+CRASHED = 70  # exit code of a launched process that ends with an error which nobody has words for
 TAIL = 2000  # characters of a failed process's output that are shown
 PLACES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))  # torchrun's, srun's
 
@@ -77,7 +78,7 @@ def of_several(work: Callable[[], None]) -> int:
 
 def end_of_several(work: Callable[[], None]) -> NoReturn:
     """Do the work of one launched process, and end it. After a failure at once: libraries would wait for the others, who wait for it."""
-    code = FAILED
+    code = CRASHED
     try:
         code = of_several(work)
     except BaseException:
@@ -108,8 +109,8 @@ def launch(module: str, arguments: Sequence[str], count: int, state: Path, stop:
             stack.callback(_end, children[-1])
         codes, failed = _wait(children, state / "stop", stop)
     if failed:
-        # the one that knows why left by itself with a message; those that only lost the others were ended by a signal
-        first = min(failed, key=lambda child: codes[child] < 0)
+        # the one that knows why left by itself with a message; those that only lost the others crashed, or were ended by a signal
+        first = min(failed, key=lambda child: codes[child] < 0 or codes[child] == CRASHED)
         told = logs[first].read_text(errors="replace")[-TAIL:] if first else "its messages are above"
         raise WorkFailed(f"process {first} of {len(codes)} ended with code {codes[first]}: {told.strip()}")
     if STOPPED in codes:

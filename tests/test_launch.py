@@ -20,7 +20,7 @@ from configs.schema import Experiment, Monotone, Training
 from tests.tiny_models import random_model, write_tokens
 from utils.models.loading import save_model
 from utils.run import launch
-from utils.run.errors import DONE, FAILED, InputError, StoppedInTime, WorkFailed
+from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
 from utils.run.launch import StopFile, of_several
 from utils.run.preemption import Stop
 from utils.training import recovery, worker
@@ -199,6 +199,25 @@ def test_a_process_that_failed_waits_for_nobody(error: str | None, code: int, sa
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert ended.returncode == code and said in ended.stdout + ended.stderr
     assert ("left" in ended.stdout) == (error is None)
+
+
+@pytest.mark.parametrize("error", [None, StoppedInTime("signal"), WorkFailed("lost"), InputError("wrong"), KeyError(7)])
+def test_how_a_process_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception | None) -> None:
+    monkeypatch.setattr(launch, "die_with_parent", lambda: None)
+    monkeypatch.setattr(launch.signal, "signal", lambda *arguments: None)
+    at_once: list[int] = []
+    monkeypatch.setattr(launch.os, "_exit", at_once.append)
+
+    def work() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as ended:
+        launch.end_of_several(work)
+    code = {type(None): DONE, StoppedInTime: STOPPED, WorkFailed: FAILED, InputError: REFUSED, KeyError: launch.CRASHED}[type(error)]
+    assert ended.value.code == code
+    assert at_once == ([] if code in (DONE, STOPPED) else [code])
+    assert str(error or "") in "".join(capsys.readouterr())
 
 
 def test_without_gpus_there_is_nothing_to_start(together: tuple[Experiment, Files], monkeypatch: pytest.MonkeyPatch) -> None:

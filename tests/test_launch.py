@@ -50,6 +50,7 @@ def test_the_code_is_that_of_the_stages_process(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "tests/fake_process.py").write_text("raise SystemExit(9)")
     monkeypatch.chdir(tmp_path)
     start("0=0", tmp_path)
+    assert (tmp_path / "seen_0").exists()
 
 
 def test_an_earlier_request_is_forgotten(tmp_path: Path) -> None:

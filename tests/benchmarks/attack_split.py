@@ -63,10 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prepare", action="store_true", help="run stages 0 to 4 in --folder, no more")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    chosen, processes = [word for item in SETTINGS for word in ("--set", item)], options.processes
-    chosen = ["--config", "standin-42m", *chosen]
-    if options.quick:
-        chosen, processes = ["--config", "standin-42m", *(word for item in SETTINGS for word in ("--set", item))], options.processes
+    chosen, processes = ["--config", "standin-42m", *(word for item in SETTINGS for word in ("--set", item))], options.processes
     if options.quick:
         chosen, processes = ["--config", "tests/tiny.yaml"], 2
     with tempfile.TemporaryDirectory() as name:

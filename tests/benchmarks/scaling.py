@@ -99,8 +99,7 @@ def work(path: Path) -> None:
             release()
             torch._dynamo.reset()
             bench = ScalingBench(job.shape, path.parent, "off" if job.trains else spec["compile"])
-            found = {"matmul_flops_per_second": matmul_rate(bench.device, bench.shape["matmul"])}
-            found |= trained(bench, job, world) if job.trains else timed(bench, job, world)
+            found = trained(bench, job, world) if job.trains else timed(bench, job, world)
             write_json(path.parent / f"{job.name}.{world.rank}.json", asdict(job) | found)
             if world.first and spec["out"]:
                 write_json(Path(spec["out"]), summary(path.parent))  # what is found is not lost if the rest is
@@ -109,7 +108,7 @@ def work(path: Path) -> None:
 def timed(bench: ScalingBench, job: Job, world: World) -> dict[str, Any]:
     """Median step; the peak of memory; the steps' losses, nats per token. One GPU may be too small for a model."""
     losses: list[Tensor] = []
-    flops = bench.flops_per_token()
+    flops, products = bench.flops_per_token(), matmul_rate(bench.device, bench.shape["matmul"])
     try:
         run = bench.of(job, world)
         with ready(run):
@@ -124,7 +123,8 @@ def timed(bench: ScalingBench, job: Job, world: World) -> dict[str, Any]:
             raise
         return {"did_not_fit": str(error).splitlines()[0]}
     rate = job.batch * bench.shape["length"] / statistics.median(seconds[NOT_TIMED:])
-    found = {"tokens_per_second": rate, "flops_per_second": rate * flops, "micro_batch": split[0], "recompute": split[1]}
+    found = {"tokens_per_second": rate, "flops_per_second": rate * flops, "matmul_flops_per_second": products}
+    found |= {"micro_batch": split[0], "recompute": split[1]}
     if torch.cuda.is_available():
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found | {"seconds": seconds, "losses": torch.stack(losses).tolist()}
@@ -234,12 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except WorkFailed as error:
                 print(f"{parallel}: {error}", flush=True)
                 failed += 1
-            results = gathered(folder)
-            print(table(results), flush=True)
+            found = summary(folder)
+            print(table(found["jobs"]), flush=True)
             if options.out:
-                write_json(options.out, summary(folder))
+                write_json(options.out, found)
     missed = 0
-    for what, value, goal, met in judged(results, processes, options.ways):
+    for what, value, goal, met in judged(found["jobs"], processes, options.ways):
         timed_on_cpu = "scaling" in what and not torch.cuda.is_available()
         missed += not met and not timed_on_cpu
         print(f"{what:<48}{'not measured' if value is None else f'{value:12.3g}'}   goal {goal:g}{'' if met else '   MISSED'}")

@@ -82,10 +82,11 @@ def joined(parallel: str) -> Iterator[World]:
     On a GPU one leaves together or not at all: NCCL waits for the others, and they for this process. One that has failed must just end.
     """
     rank, size, local = place()
-    if torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if cuda:
         torch.cuda.set_device(local % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=rank, world_size=size)
-    together = not torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=size)
+    together = not cuda
     try:
         yield World(rank, size, parallel)
         together = True

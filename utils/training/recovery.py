@@ -104,11 +104,10 @@ def _train_together(
     config: Experiment, seed: int, learning_rate: float, constraint: Monotone | None, files: Files, stop: Stop, label: str
 ) -> None:
     """Train in a process for each GPU; what they leave are the checkpoints and the metrics."""
-    compute = config.compute
-    count = compute.processes or torch.cuda.device_count()
+    compute, cards = config.compute, torch.cuda.device_count()
+    count = compute.processes or cards
     if count < 1:
         raise InputError(f"compute.parallel={compute.parallel}: found no GPU, expected some; ask for them, or set compute.processes")
-    cards = torch.cuda.device_count()
     if cards and (compute.device == "cpu" or count > cards):
         raise InputError(
             f"compute.parallel={compute.parallel}, compute.device={compute.device}: found {count} processes and {cards} GPUs, expected a "

@@ -59,10 +59,16 @@ def test_an_earlier_request_is_forgotten(tmp_path: Path) -> None:
     assert not (tmp_path / "stop").exists()
 
 
-def test_a_failed_process_ends_the_others_and_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "PATIENCE", 0.3)
+def test_a_failed_process_ends_the_others_soon_and_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "PATIENCE", 600.0)
     with pytest.raises(WorkFailed, match=r"^process 1 of 2 ended with code 3: process 1 says why$"):
         start("0=hang,1=3", tmp_path)
+
+
+def test_one_that_crashed_leaves_the_others_time_to_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "PATIENCE", 0.3)
+    with pytest.raises(WorkFailed, match=rf"^process 1 of 2 ended with code {launch.CRASHED}: process 1 says why$"):
+        start(f"0=hang,1={launch.CRASHED}", tmp_path)
 
 
 def test_the_one_that_knows_why_is_quoted(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ class Forked:
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.subprocess, "Popen", Forked)
     monkeypatch.setattr(launch, "PATIENCE", 0.1)
+    monkeypatch.setattr(launch, "WHEN_TOLD", 0.1)
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.02)
 
 

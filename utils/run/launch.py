@@ -25,7 +25,8 @@ from utils.run.trouble import explained
 
 RUN = "import runpy, sys; sys.path[0] = sys.argv.pop(1); runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 POLL_SECONDS = 0.2
-PATIENCE = 30.0  # seconds that the others get when one has failed: to say why, if they know
+PATIENCE = 30.0  # seconds that the others get when one has crashed: to say why, if they know
+WHEN_TOLD = 2.0  # seconds that they get when one has said why: on a GPU they wait for it, and would for ever
 CRASHED = 70  # exit code of a launched process that ends with an error which nobody has words for
 TAIL = 2000  # characters of a failed process's output that are shown
 PLACES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))  # torchrun's, srun's
@@ -109,8 +110,7 @@ def launch(module: str, arguments: Sequence[str], count: int, state: Path, stop:
             stack.callback(_end, children[-1])
         codes, failed = _wait(children, state / "stop", stop)
     if failed:
-        # the one that knows why left by itself with a message; those that only lost the others crashed, or were ended by a signal
-        first = min(failed, key=lambda child: codes[child] < 0 or codes[child] == CRASHED)
+        first = min(failed, key=lambda child: not _told(codes[child]))
         told = logs[first].read_text(errors="replace")[-TAIL:] if first else "its messages are above"
         raise WorkFailed(f"process {first} of {len(codes)} ended with code {codes[first]}: {told.strip()}")
     if STOPPED in codes:
@@ -138,15 +138,16 @@ def _free_port() -> int:
 def _wait(children: Sequence[subprocess.Popen[bytes]], request: Path, stop: Stop) -> tuple[list[int], list[int]]:
     """(exit codes of all, numbers of those that failed, the first one first); once one has failed, the others are ended."""
     failed: list[int] = []
-    patience = PATIENCE
+    waited = 0.0
     while True:
         ended = all(child.poll() is not None for child in children)
         failed += [number for number, child in enumerate(children) if number not in failed and _failed(child)]
-        if ended or patience <= 0:
+        told = any(_told(int(children[number].returncode)) for number in failed)
+        if ended or waited >= (WHEN_TOLD if told else PATIENCE):
             break
         if stop.requested() and not request.exists():
             write_text(request, stop.reason or "")
-        patience -= POLL_SECONDS if failed else 0.0
+        waited += POLL_SECONDS if failed else 0.0
         time.sleep(POLL_SECONDS)
     for child in children:
         _end(child)
@@ -155,6 +156,11 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], request: Path, stop: Stop
 
 def _failed(child: subprocess.Popen[bytes]) -> bool:
     return child.poll() not in (None, DONE, STOPPED)
+
+
+def _told(code: int) -> bool:
+    """Whether a failed process left by itself with a message. One that only lost the others crashes, or is ended by a signal."""
+    return code >= 0 and code != CRASHED
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -277,11 +277,11 @@ class Training(Section):
     """One recovery run; both arms get the same."""
 
     steps: Positive = Field(description="optimiser steps")
-    batch_size: Positive = Field(description="sequences a step")
+    batch_size: Positive = Field(description="sequences a step, of which each training process takes an equal share")
     micro_batch: Positive | Literal["auto"] = Field(
         "auto",
-        description="sequences a forward pass; divides batch_size. auto: on a GPU as many as fit in its memory (measured at the start), "
-        "on a CPU as many as have 2048 tokens together",
+        description="sequences a forward pass; divides a process's share. auto: on a GPU as many as fit in its memory (measured at "
+        "the start), on a CPU as many as have 2048 tokens together",
     )
     recompute: Share | Literal["auto"] = Field(
         "auto",
@@ -309,6 +309,18 @@ class Training(Section):
         if self.micro_batch != "auto" and self.batch_size % self.micro_batch:
             raise ValueError(f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}")
         return self
+
+    def unshared(self, processes: int) -> str | None:
+        """Why so many processes cannot take equal shares of a step, in words; None if they can."""
+        if self.batch_size % processes:
+            return f"training.batch_size={self.batch_size} with {processes} training processes; expected a multiple of {processes}"
+        share = self.batch_size // processes
+        if self.micro_batch != "auto" and share % self.micro_batch:
+            return (
+                f"training.micro_batch={self.micro_batch} with {processes} training processes, each of which takes {share} sequences of a "
+                f"step; expected a divisor of {share}, or auto"
+            )
+        return None
 
 
 class Telemetry(Section):
@@ -468,6 +480,8 @@ class Experiment(Section):
                 f"monotone.layerwise_share={self.monotone.layerwise_share:g} with compute.parallel={self.compute.parallel!r}: the "
                 "layer-wise warm-up runs in one process; expected 0 or compute.parallel='none'"
             )
+        if self.compute.parallel != "none" and self.compute.processes and (fault := self.training.unshared(self.compute.processes)):
+            raise ValueError(f"{fault}, or another compute.processes")  # on several nodes there are more: the cluster file says how many
         scratch = self.model.scratch
         if scratch:
             needs = {

@@ -276,16 +276,18 @@ def test_products_in_bf16_on_a_cpu(text: tuple[Tokens, Tokens], tmp_path: Path) 
 
 def test_shares_of_a_batch() -> None:
     assert [list(range(12))[World(rank, 3, "ddp").own(12)] for rank in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    with pytest.raises(InputError, match=r"training.batch_size=8: 3 processes cannot share it evenly; choose a multiple of 3"):
-        World(0, 3, "ddp").own(8)
 
 
-def test_a_micro_batch_must_divide_the_share(text: tuple[Tokens, Tokens], tmp_path: Path) -> None:
-    from utils.training.memory import _sizes
-
-    run = make(text, tmp_path, "baseline", World(1, 2, "ddp"), micro_batch=8)
-    with pytest.raises(InputError, match=r"training.micro_batch=8 does not divide the 4 sequences that each of 2 processes has"):
-        _sizes(run)
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (3, r"training.batch_size=8 with 3 training processes; expected a multiple of 3, or another number of processes"),
+        (2, r"training.micro_batch=8 with 2 training processes, each of which takes 4 sequences of a step; expected a divisor of 4"),
+    ],
+)
+def test_shares_that_are_not_equal_are_refused(text: tuple[Tokens, Tokens], tmp_path: Path, size: int, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        train(make(text, tmp_path, "baseline", World(1, size, "ddp"), micro_batch=8))
 
 
 def test_places(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,12 @@ def test_the_one_that_knows_why_is_quoted(tmp_path: Path) -> None:
         start(f"0={launch.CRASHED},1=3", tmp_path)
 
 
+def test_a_refusal_stays_one(tmp_path: Path) -> None:
+    """Whatever the others make of having lost that process."""
+    with pytest.raises(InputError, match=r"^process 1 of 2 ended with code 2: process 1 says why$"):
+        start(f"0={launch.CRASHED},1={REFUSED}", tmp_path)
+
+
 def test_the_first_process_speaks_for_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(WorkFailed, match=r"^process 0 of 2 ended with code 1: its messages are above"):
         start("0=1", tmp_path)

@@ -127,6 +127,32 @@ def test_bad_override_is_refused_in_words(override: str, words: list[str] | None
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["compute.processes=3"],
+            "training.batch_size=8 with 3 training processes; expected a multiple of 3, or another compute.processes",
+        ),
+        (
+            ["compute.processes=2", "training.micro_batch=8"],
+            "each of which takes 4 sequences of a step; expected a divisor of 4, or auto, or",
+        ),
+        (["compute.processes=2", "training.micro_batch=4"], None),
+        (["compute.processes=3", "compute.parallel=none"], None),
+        (["compute.processes=0"], None),
+    ],
+)
+def test_processes_take_equal_shares_of_a_step(overrides: list[str], words: str | None) -> None:
+    overrides = ["compute.parallel=ddp", *overrides]
+    if words is None:
+        assert load(TINY, overrides).training.batch_size == 8
+        return
+    with pytest.raises(ConfigError) as caught:
+        load(TINY, overrides)
+    assert words in str(caught.value)
+
+
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(preset(tmp_path, "run_name: x\ntraining: {steps: 0, stepz: 1}"))

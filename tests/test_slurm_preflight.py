@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,6 +131,37 @@ def test_time_beyond_the_partitions_limit_is_told_though_sbatch_accepts_it(
 )
 def test_times_are_read_as_slurm_writes_them(time: str, minutes: float) -> None:
     assert preflight._minutes(time) == minutes
+
+
+# --- processes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "resources", "told"),
+    [
+        (["compute.processes=2"], {"nodes": 3}, "jobs/job_2_baseline.sh, 3 x 2: training.batch_size=8 with 6 training processes"),
+        (["compute.processes=2"], {"nodes": 2}, ""),
+        (["compute.processes=0"], {"gres": "gpu:a100:3"}, "jobs/job_2_baseline.sh, 1 x 3: training.batch_size=8 with 3"),
+        (["compute.processes=0"], {"gres": "nvme:3,gpu:1g.5gb:4"}, ""),
+        (["compute.processes=0"], {"gres": "none", "nodes": 3}, "3 x 1"),
+        (["compute.processes=0"], {}, ""),
+        (["compute.processes=2", "training.micro_batch=4"], {"nodes": 2}, "4 training processes, each of which takes 2 sequences"),
+        (["compute.parallel=none"], {"nodes": 3}, ""),
+    ],
+)
+def test_processes_that_cannot_share_a_step_are_told(root: Path, overrides: list[str], resources: dict[str, Any], told: str) -> None:
+    chain = make_chain(
+        root, "compute.parallel=ddp", "training.micro_batch=auto", *overrides, cluster=Cluster(resources=Resources(**resources))
+    )
+    found = preflight.shares(chain, STAGES)
+    assert [check.verdict for check in found] == (["no"] if told else [])
+    assert told in "".join(check.words for check in found)
+    assert preflight.shares(chain, STAGES[4:]) == []
+
+
+def test_gpus_may_be_asked_for_by_a_variable(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SBATCH_GRES", "gpu:3")
+    assert "1 x 3" in preflight.shares(make_chain(root, "compute.parallel=ddp"), STAGES)[0].words
 
 
 # --- environment

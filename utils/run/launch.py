@@ -95,7 +95,7 @@ def launch(module: str, arguments: Sequence[str], count: int, state: Path, stop:
     """Run the module with these arguments in `count` processes a node, until all have ended; their output goes to state/process_*.log.
 
     On one node the processes are started here; on several nodes of a SLURM job by srun. Raises StoppedInTime if they stopped in time,
-    WorkFailed with the end of its output if one of them failed.
+    WorkFailed with the end of its output if one of them failed, InputError likewise if it was refused.
     """
     state.mkdir(parents=True, exist_ok=True)
     remove(state / "stop")
@@ -112,7 +112,8 @@ def launch(module: str, arguments: Sequence[str], count: int, state: Path, stop:
     if failed:
         first = min(failed, key=lambda child: not _told(codes[child]))
         told = logs[first].read_text(errors="replace")[-TAIL:] if first else "its messages are above"
-        raise WorkFailed(f"process {first} of {len(codes)} ended with code {codes[first]}: {told.strip()}")
+        words = f"process {first} of {len(codes)} ended with code {codes[first]}: {told.strip()}"
+        raise InputError(words) if codes[first] == REFUSED else WorkFailed(words)
     if STOPPED in codes:
         raise StoppedInTime(stop.reason or "the processes were asked to stop")
 

@@ -21,7 +21,8 @@ FITS_NO_NODE = "Requested node configuration is not available"
 
 
 def checks(chain: Chain, stages: Sequence[Stage]) -> list[Check]:
-    return [accepted(chain, stages), environment(chain), *places(chain), free_space(chain.config, chain.folders), offline(chain, stages)]
+    disk = free_space(chain.config, chain.folders)
+    return [accepted(chain, stages), *shares(chain, stages), environment(chain), *places(chain), disk, offline(chain, stages)]
 
 
 def accepted(chain: Chain, stages: Sequence[Stage]) -> Check:
@@ -61,14 +62,7 @@ def accepted(chain: Chain, stages: Sequence[Stage]) -> Check:
 
 def _beyond_limit(chain: Chain, stage: Stage, partitions: Sequence[dict[str, str]]) -> str | None:
     """What is wrong with the time asked for. A site that does not enforce the limits of its partitions accepts it, for ever to wait."""
-    script = (chain.root / chain.script(stage)).read_text(encoding="utf-8")
-    given = dict(option[2:].split("=", 1) for option in chain.options(stage))
-
-    def asked(option: str, variable: str) -> str | None:
-        line = re.search(rf"^#SBATCH --{option}=(\S+)", script, re.MULTILINE)
-        return given.get(option) or os.environ.get(variable) or (line[1] if line else None)
-
-    time, wanted = asked("time", "SBATCH_TIMELIMIT"), asked("partition", "SBATCH_PARTITION")
+    time, wanted = _asked(chain, stage, "time", "SBATCH_TIMELIMIT"), _asked(chain, stage, "partition", "SBATCH_PARTITION")
     limits = {
         one["PartitionName"]: one.get("MaxTime", "UNLIMITED")
         for one in partitions
@@ -79,6 +73,14 @@ def _beyond_limit(chain: Chain, stage: Stage, partitions: Sequence[dict[str, str
     return None
 
 
+def _asked(chain: Chain, stage: Stage, option: str, variable: str = "") -> str | None:
+    """What sbatch will take an option for: the site's file wins over a variable, and that over the script."""
+    given = dict(option[2:].split("=", 1) for option in chain.options(stage))
+    script = (chain.root / chain.script(stage)).read_text(encoding="utf-8")
+    line = re.search(rf"^#SBATCH --{option}=(\S+)", script, re.MULTILINE)
+    return given.get(option) or os.environ.get(variable) or (line[1] if line else None)
+
+
 def _minutes(time: str) -> float:
     """SLURM writes minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds], or a word for no limit."""
     if not (parts := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)):
@@ -86,6 +88,23 @@ def _minutes(time: str) -> float:
     days, first, second, third = (int(part or 0) for part in parts.groups())
     hours = parts[1] is not None or parts[4] is not None
     return days * 1440 + (first * 60 + second + third / 60 if hours else first + second / 60)
+
+
+def shares(chain: Chain, stages: Sequence[Stage]) -> list[Check]:
+    """The training processes of all nodes can take equal shares of a step, as far as the number of GPUs can be told from here."""
+    for stage in stages if chain.config.compute.parallel != "none" else ():
+        nodes = int((_asked(chain, stage, "nodes") or "1").partition("-")[0])
+        each = chain.config.compute.processes or _gpus(_asked(chain, stage, "gres", "SBATCH_GRES") or "") or 1
+        if "training" in stage.config_keys and (fault := chain.config.training.unshared(nodes * each)):
+            words = f"{chain.script(stage)}, {nodes} x {each}: {fault}, or other `nodes` or `gres` in the cluster file (--cluster)"
+            return [Check("processes", "no", words)]
+    return []
+
+
+def _gpus(gres: str) -> int:
+    """GPUs of gpu:4, gpu:a100:4 or gpu,nvme:1."""
+    parts = [part.split(":") for part in gres.split(",")]
+    return sum(int(part[-1]) if part[-1].isdigit() else 1 for part in parts if part[0] == "gpu")
 
 
 def environment(chain: Chain) -> Check:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from utils.run.errors import InputError, StoppedInTime
+from utils.run.errors import StoppedInTime
 from utils.run.launch import place
 
 
@@ -39,9 +39,8 @@ class World:
         return self.parallel == "fsdp2" and self.size > 1
 
     def own(self, count: int) -> slice:
-        """This process's share of `count` sequences. Raises InputError if they cannot be shared out evenly."""
-        if count % self.size:
-            raise InputError(f"training.batch_size={count}: {self.size} processes cannot share it evenly; choose a multiple of {self.size}")
+        """This process's share of `count` sequences, which the number of processes divides."""
+        assert count % self.size == 0, (count, self.size)
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 

@@ -17,7 +17,7 @@ from utils.models.blocks import prepare_blocks
 from utils.models.head import check_head
 from utils.models.loading import save_model
 from utils.run.artifacts import damage, inventory, left_behind, published, write_sealed
-from utils.run.errors import StoppedInTime, WorkFailed
+from utils.run.errors import InputError, StoppedInTime, WorkFailed
 from utils.run.progress import Progress
 from utils.training import memory, optim
 from utils.training.batches import prefetched
@@ -38,9 +38,11 @@ def train(run: Run) -> tuple[TrainState, Checkpoints]:
 
     Returns the final state and the checkpoints, among them the last and the best (lowest validation loss in nats per token).
     Raises StoppedInTime after saving if asked to stop; WorkFailed if too many steps in a row had to be skipped, the validation loss
-    diverged, or the device's memory did not suffice. On a CPU a run that was interrupted any number of times equals an
-    uninterrupted one bit for bit: weights, optimiser state and metrics.
+    diverged, or the device's memory did not suffice; InputError if the processes cannot share a step evenly. On a CPU a run that was
+    interrupted any number of times equals an uninterrupted one bit for bit: weights, optimiser state and metrics.
     """
+    if fault := run.spec.unshared(run.world.size):
+        raise InputError(f"{fault}, or another number of processes")
     checkpoints = Checkpoints(run.state_folder, run.spec.keep_last, run.world)
     with closing(checkpoints), ready(run):
         stepper = Stepper(run, checkpoints.snapshot.before_update)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Training
-from utils.run.errors import InputError, WorkFailed
+from utils.run.errors import WorkFailed
 from utils.training.distributed import last_micro_batch, local
 from utils.training.run import Run
 from utils.training.step import Stepper
@@ -41,11 +41,8 @@ def choose(run: Run, stepper: Stepper) -> Split:
 
 
 def _sizes(run: Run) -> list[int]:
-    """The micro-batches that are possible in this process, ascending. Raises InputError if there is none."""
-    own, given = run.world.own(run.spec.batch_size), run.spec.micro_batch
-    share = own.stop - own.start
-    if given != "auto" and share % given:
-        raise InputError(f"training.micro_batch={given} does not divide the {share} sequences that each of {run.world.size} processes has")
+    """The micro-batches that are possible in this process, ascending."""
+    share, given = run.spec.batch_size // run.world.size, run.spec.micro_batch
     return [given] if given != "auto" else [size for size in range(1, share + 1) if share % size == 0]
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
@@ -165,6 +166,31 @@ def test_another_number_of_processes_goes_on(
     assert state.step == 2
     part(then, lambda world: asked)
     assert_close(tmp_path, alone["projected"])
+
+
+@pytest.mark.parametrize(("first", "then", "sizes"), [("ddp", None, [4, 8]), (None, "fsdp2", [8, 4]), ("ddp", "fsdp2", [4, 4])])
+def test_auto_is_chosen_again_for_another_number_of_processes(
+    text: tuple[Tokens, Tokens], alone: dict[str, Path], tmp_path: Path, first: str | None, then: str | None, sizes: list[int]
+) -> None:
+    """What fits beside others need not fit alone. The losses do not depend on it."""
+
+    def part(parallel: str | None, stop: Stop, done: int) -> tuple[int, int, str]:
+        def act(world: World) -> None:
+            with suppress(StoppedInTime):
+                train(make(text, tmp_path, "baseline", world, stop, micro_batch="auto"))
+
+        act(ALONE) if parallel is None else together(parallel, act)
+        state = Checkpoints(tmp_path / "state" / "checkpoints", 2).newest()
+        assert state is not None and state.step == done
+        return state.micro_batch, state.processes, state.parallel
+
+    asked = Stop()
+    asked.reason = "signal SIGUSR1"
+    kinds = [(1, "none") if parallel is None else (2, parallel) for parallel in (first, then)]
+    assert part(first, asked, 1) == (sizes[0], *kinds[0])
+    assert part(then, Stop(), 6) == (sizes[1], *kinds[1])
+    assert part(first, Stop(), 6) == (sizes[1], *kinds[1])  # no step is left to be made
+    assert_close(tmp_path, alone["baseline"])
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,6 +180,25 @@ def test_killed_while_the_newest_checkpoint_was_written(
     state, checkpoints = train(bench.run())
     assert "checkpoint step_00000007 is damaged and passed over" in capsys.readouterr().out
     assert state.resumed_at == [6]
+    assert_same(outcome(state, checkpoints, bench), straight["projected"])
+
+
+def test_a_checkpoint_that_does_not_say_for_how_many_processes(
+    bench: Bench, straight: dict[str, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier versions wrote them. Nothing is compiled for its split, which is chosen again."""
+    unsaid = ("processes", "parallel")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "asdict", lambda state: {key: value for key, value in vars(state).items() if key not in unsaid})
+        with pytest.raises(StoppedInTime):
+            asked = Stop()
+            asked.reason = "signal SIGUSR1"
+            train(bench.run(asked))
+    run, no_stepper = bench.run(), SimpleNamespace()
+    run.compiled = True
+    assert loop._newest(run, no_stepper, Checkpoints(run.state_folder, 2)) is not None
+    state, checkpoints = train(bench.run())
+    assert (state.resumed_at, state.processes, state.micro_batch) == ([1], 1, 2)
     assert_same(outcome(state, checkpoints, bench), straight["projected"])
 
 

@@ -40,6 +40,8 @@ class TrainState:
     bad_in_a_row: int = 0
     micro_batch: int = 0
     recompute: float = 0.0
+    processes: int = 0  # for which the two above were chosen; 0: for none yet, or by a version that did not say
+    parallel: str = "none"
 
 
 class Snapshot:

@@ -73,12 +73,9 @@ def ready(run: Run) -> Iterator[None]:
 
 
 def _resume(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState:
-    """Put everything into the state of the newest checkpoint; without one, choose how a step is split."""
-    state = run.world.told(_newest(run, stepper, checkpoints) if run.world.first else None)
-    if state is None:
-        micro_batch, recompute = run.world.told(memory.choose(run, stepper))
-        state = TrainState(micro_batch=micro_batch, recompute=recompute)
-    else:
+    """Put everything into the state of the newest checkpoint; choose how a step is split, unless it was chosen for as many processes."""
+    state: TrainState = run.world.told(_newest(run, stepper, checkpoints) if run.world.first else None) or TrainState()
+    if state.step:
         shapes = run.model.state_dict()
         stored = checkpoints.model_tensors(state.step, shapes)
         run.model.load_state_dict({name: spread(tensor, shapes.get(name, tensor)) for name, tensor in stored.items()})
@@ -87,8 +84,16 @@ def _resume(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState:
         stepper.restore(checkpoints.optimizer_tensors(state.step, optim.shapes(run.model)), state.step - state.skipped)
         state.resumed_at.append(state.step)
         print(f"  going on from step {state.step} of {run.spec.steps}")
+    if state.step < run.spec.steps and not _split_here(run, state):
+        state.micro_batch, state.recompute = run.world.told(memory.choose(run, stepper))
+        state.processes, state.parallel = run.world.size, run.world.parallel
     stepper.split(state.micro_batch, state.recompute)
     return state
+
+
+def _split_here(run: Run, state: TrainState) -> bool:
+    """Whether the split of a step was chosen for processes as they are now: fewer may each have to hold more."""
+    return (state.processes, state.parallel) == (run.world.size, run.world.parallel)
 
 
 def _newest(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState | None:
@@ -96,7 +101,7 @@ def _newest(run: Run, stepper: Stepper, checkpoints: Checkpoints) -> TrainState 
     likely = checkpoints.glimpse()
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(checkpoints.newest)
-        if run.compiled and run.world.size == 1 and likely is not None and likely.step < run.spec.steps:
+        if run.compiled and run.world.size == 1 and likely is not None and _split_here(run, likely) and likely.step < run.spec.steps:
             stepper.split(likely.micro_batch, likely.recompute)
             stepper.warm_up(torch.from_numpy(run.train.batch(likely.step, likely.micro_batch)).to(run.device))
         return found.result()

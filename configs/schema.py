@@ -187,6 +187,11 @@ class Data(Section):
                 raise ValueError(f"{key}={getattr(self, key)} gives no sequence; expected more than sequence_length={self.sequence_length}")
         return self
 
+    @property
+    def longest(self) -> dict[str, int]:
+        """{keys: tokens} of the longest sequence that a model reads for this section; so in the others."""
+        return {"data.sequence_length": self.sequence_length}
+
 
 class Monotone(Section):
     """The constraint on the feed-forward sublayers (docs/DETAILS.md). What no combination of keys can mean is refused here, what
@@ -373,6 +378,10 @@ class Evaluate(Section):
             )
         return self
 
+    @property
+    def longest(self) -> dict[str, int]:
+        return {"evaluate.context": self.context}
+
 
 class UAT(Section):
     """Universal adversarial trigger, put before the text (Wallace et al. 2019, arXiv 1908.07125)."""
@@ -403,6 +412,10 @@ class UAT(Section):
     controls: Positive = Field(4, description="random triggers of the same length")
     seed: Count = Field(0, description="of the attack; separate from the training seed and the same for every model")
 
+    @property
+    def longest(self) -> dict[str, int]:
+        return {"uat.trigger_length + uat.text_tokens + 1": self.trigger_length + self.text_tokens + 1}
+
 
 class HotFlip(Section):
     """Greedy exact token flips (Ebrahimi et al. 2018, arXiv 1712.06751), scored on the untouched continuation."""
@@ -429,6 +442,10 @@ class HotFlip(Section):
         if self.flips > self.prefix_tokens:
             raise ValueError(f"flips={self.flips} exceeds prefix_tokens={self.prefix_tokens}")
         return self
+
+    @property
+    def longest(self) -> dict[str, int]:
+        return {"hotflip.prefix_tokens + hotflip.scored_tokens + 1": self.prefix_tokens + self.scored_tokens + 1}
 
 
 class Report(Section):
@@ -483,14 +500,11 @@ class Experiment(Section):
         if self.compute.parallel != "none" and self.compute.processes and (fault := self.training.unshared(self.compute.processes)):
             raise ValueError(f"{fault}, or another compute.processes")  # on several nodes there are more: the cluster file says how many
         scratch = self.model.scratch
-        if scratch:
-            needs = {
-                "data.sequence_length": self.data.sequence_length,
-                "evaluate.context": self.evaluate.context,
-                "uat.trigger_length + uat.text_tokens + 1": self.uat.trigger_length + self.uat.text_tokens + 1,
-                "hotflip.prefix_tokens + hotflip.scored_tokens + 1": self.hotflip.prefix_tokens + self.hotflip.scored_tokens + 1,
-            }
-            for key, tokens in needs.items():
-                if tokens > scratch.context:
-                    raise ValueError(f"{key} = {tokens} exceeds model.scratch.context = {scratch.context}")
+        for key, tokens in self.longest.items():
+            if scratch and tokens > scratch.context:
+                raise ValueError(f"{key} = {tokens} exceeds model.scratch.context = {scratch.context}")
         return self
+
+    @property
+    def longest(self) -> dict[str, int]:
+        return self.data.longest | self.evaluate.longest | self.uat.longest | self.hotflip.longest

@@ -12,6 +12,7 @@ MODELS = {
 
 
 def run(ctx: Context) -> None:
+    from utils.data.lengths import refuse_longer
     from utils.evaluation.benchmarks import benchmark_stored
     from utils.evaluation.generation import generate_stored
     from utils.evaluation.order import order_stored
@@ -19,6 +20,7 @@ def run(ctx: Context) -> None:
     from utils.evaluation.published import compared
     from utils.run.artifacts import write_json
 
+    refuse_longer(ctx.read("base_model"), ctx.config.evaluate.longest)
     models = {name: ctx.read(artefact) for name, artefact in MODELS.items()}
     results = evaluate_stored(
         ctx.config,

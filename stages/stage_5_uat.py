@@ -30,7 +30,9 @@ def share(ctx: Context, task: Task) -> None:
 def _study(ctx: Context) -> TriggerStudy:
     from utils.attacks.study import Files
     from utils.attacks.trigger_study import TriggerStudy
+    from utils.data.lengths import refuse_longer
 
+    refuse_longer(ctx.read("base_model"), ctx.config.uat.longest)
     files = Files(
         models={name: ctx.read(artefact) for name, artefact in MODELS.items()},
         earlier_models=ctx.read("earlier_models"),

@@ -17,7 +17,8 @@ from configs.schema import Model
 from stages.pipeline import run_each, stages
 from tests.fake_stages import ROOT, TINY
 from tests.gguf_files import llama, write_gguf
-from utils.data.tokenizer import fetch_tokenizer, load_tokenizer, published_identity, train_tokenizer
+from utils.data.lengths import refuse_longer
+from utils.data.tokenizer import copy_tokenizer, load_tokenizer, published_identity, train_tokenizer
 from utils.models.loading import fetch_pretrained, load_model, save_model
 from utils.run.artifacts import file_digest, read_json
 from utils.run.errors import InputError
@@ -25,7 +26,7 @@ from utils.run.folders import Folders
 from utils.run.gguf import gguf_file
 from utils.run.preemption import Stop
 from utils.verify.look import Look
-from utils.verify.published import model_files, tokenizer
+from utils.verify.published import model_files, sequences, tokenizer
 
 pytest.importorskip("gguf", reason="the package gguf is not installed")
 TEXT = "def monotone(x):\n    return max(x, 0)  # größer"
@@ -65,7 +66,7 @@ def test_weights_are_unpacked_into_a_plain_model(tiny_file: Tiny, tmp_path: Path
 
 def test_the_tokenizer_is_the_files_own(tiny_file: Tiny, tmp_path: Path) -> None:
     path, _, words = tiny_file
-    assert fetch_tokenizer(named(path), tmp_path / "cache", Stop(), tmp_path / "tokenizer") == 0
+    assert copy_tokenizer(named(path), path, tmp_path / "tokenizer") == 0
     stored = load_tokenizer(tmp_path / "tokenizer")
     assert stored.encode(TEXT).ids == words.encode(TEXT).ids and stored.decode(stored.encode(TEXT).ids) == TEXT
 
@@ -108,6 +109,9 @@ def test_it_is_looked_at_beforehand(tiny_file: Tiny) -> None:
     look = Look(config, Folders.of(config.paths, "x"), "offline", Stop())
     assert model_files(look) == ("ok", f"{tiny_file[0]} is here, 0.00 GB")
     assert tokenizer(look)[0] == "ok"
+    assert sequences(look) == ("ok", "of up to 33 tokens, which the model takes")
+    with pytest.raises(InputError, match=r"many = 65: expected at most 64, the longest sequence of the base model"):
+        refuse_longer(tiny_file[0], {"many": 65})
 
 
 SPEC = ["monotone.scope=gated_all", "monotone.activation=drelu", "monotone.parametrisation=annealed", "monotone.order=unit_signs"]
@@ -130,7 +134,7 @@ def test_the_stages_take_it_up_to_a_certificate(tiny_file: Tiny, own_folders: Pa
 def test_smollm2_speaks(tmp_path: Path) -> None:
     spec = load(str(ROOT / "configs/smollm2-135m.yaml")).model
     model, _ = fetch_pretrained(spec, tmp_path, Stop())
-    fetch_tokenizer(spec, tmp_path, Stop(), tmp_path / "tokenizer")
+    copy_tokenizer(spec, gguf_file(spec.name), tmp_path / "tokenizer")
     words = load_tokenizer(tmp_path / "tokenizer")
     ids = torch.tensor([words.encode("The capital of France is").ids])
     assert words.decode([int(model(ids).logits[0, -1].argmax())]) == " Paris"

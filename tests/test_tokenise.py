@@ -25,7 +25,7 @@ from utils.data.attack_texts import write_attack_texts
 from utils.data.formats import Item
 from utils.data.sources import SPLITS, Source
 from utils.data.tokenise import Limits, token_cache, tokenise
-from utils.data.tokenizer import END_OF_TEXT, fetch_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
+from utils.data.tokenizer import END_OF_TEXT, copy_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from utils.data.tokens import Tokens
 from utils.models.ffn import feed_forward
 from utils.models.loading import load_model, save_model
@@ -187,6 +187,15 @@ def test_an_id_that_the_model_has_no_embedding_for_is_refused(published: Experim
         base_cache(published, tmp_path / "cache", content, Stop())
 
 
+def test_sequences_that_the_model_does_not_take_are_refused_before_text_is_tokenised(
+    published: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.data.tokenise.tokenise", lambda *arguments: pytest.fail("tokenised"))
+    long = published.model_copy(update={"uat": published.uat.model_copy(update={"text_tokens": 63})})
+    with pytest.raises(InputError, match=r"uat.text_tokens \+ 2 = 65: expected at most 64, the longest sequence of the base model"):
+        token_cache(long, tmp_path / "cache", Stop())
+
+
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer\.json: expected a tokenizer of the tokenizers library"):
@@ -196,7 +205,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path, no_network: None) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"model\.name='.*empty', revision 'main': no tokenizer found"):
-        fetch_tokenizer(pretrained(tmp_path / "empty"), tmp_path, Stop(), tmp_path / "target")
+        copy_tokenizer(pretrained(tmp_path / "empty"), tmp_path / "empty", tmp_path / "target")
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path, no_network: None) -> None:
@@ -204,7 +213,7 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path, no_network: 
 
     PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(iter(TEXTS), 300)).save_pretrained(tmp_path / "endless")
     with pytest.raises(InputError, match="its tokenizer has no end-of-text token, expected one between documents"):
-        fetch_tokenizer(pretrained(tmp_path / "endless"), tmp_path, Stop(), tmp_path / "target")
+        copy_tokenizer(pretrained(tmp_path / "endless"), tmp_path / "endless", tmp_path / "target")
 
 
 def split_of(folder: Path, texts: list[str], limit: int, longest: int | None = None) -> Tokens:

@@ -34,7 +34,7 @@ STUDY = load("pythia-1.4b")
 assert STUDY.data.files
 PILE = of_entry(STUDY.data.files.test[0])[0]
 NAMES = [
-    *("cache folder", "network", "hub", "token", "disk", "model files", "tokenizer", "text files"),
+    *("cache folder", "network", "hub", "token", "disk", "model files", "tokenizer", "sequences", "text files"),
     *("first rows", "fallback", "benchmarks", "offline use", "small model"),
 ]
 TEXT = "def Monotone(x):\n    return x  # größer, 漢字"
@@ -47,7 +47,7 @@ FALLBACK = ("--set", f"data.fallback={json.dumps(C4)}")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Files of a published model of the smallest kind."""
     folder = tmp_path_factory.mktemp("model")
-    shape = load(TINY, ["model.scratch.vocabulary=300"]).model.scratch
+    shape = load(TINY, ["model.scratch.vocabulary=300", "model.scratch.context=2048"]).model.scratch
     assert isinstance(shape, Scratch)
     save_model(scratch_model(shape, end_of_text=0), folder)
     save_tokenizer(train_tokenizer(iter([TEXT]), 300), folder)
@@ -182,6 +182,11 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
         "tokenizer",
         "name a model whose tokenizer",
         break_tokenizer,
+    ),
+    "few positions": (
+        "sequences",
+        "data.sequence_length = 2048: expected at most 64, the longest sequence of the base model; lower it",
+        lambda hub, files, patch: republish(hub, files | {"config.json": files["config.json"].replace(b": 2048", b": 64")}),
     ),
     "text removed": ("text files", "no such repository", lambda hub, files, patch: hub.remove("dataset", PILE.name)),
     "split not there": (

@@ -19,7 +19,8 @@ from tests.faults.shells import CANARY, canaries, names
 from tests.faults.texts import WORDS
 from tests.test_checkpoint import saved
 from tests.tiny_models import random_model
-from utils.data.tokenizer import fetch_tokenizer, save_tokenizer, train_tokenizer
+from utils.data.lengths import refuse_longer
+from utils.data.tokenizer import copy_tokenizer, save_tokenizer, train_tokenizer
 from utils.models.loading import fetch_pretrained, load_model, save_model
 from utils.run.artifacts import read_json
 from utils.run.hub import Listing
@@ -106,7 +107,12 @@ def remote_code(folder: Path) -> Iterator[Outcome]:
         before = path.read_text()
         path.write_text(json.dumps(json.loads(before) | {"auto_map": auto} | kind))
         given = Model(source="pretrained", name=str(folder / "model"))
-        for look in (partial(fetch_pretrained, given, folder, Stop()), partial(fetch_tokenizer, given, folder, Stop(), folder)):
+        source = folder / "model"
+        for look in (
+            partial(fetch_pretrained, given, folder, Stop()),
+            partial(copy_tokenizer, given, source, folder),
+            partial(refuse_longer, source, {}),
+        ):
             yield harmless(f"code of its own in {file} {kind or ''}, {look.func.__name__}", folder, look)
         path.write_text(before)
 

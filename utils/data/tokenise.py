@@ -17,9 +17,10 @@ from tokenizers import Tokenizer
 from configs.schema import Data, Experiment
 from utils.data.attack_texts import wanted
 from utils.data.encode import Encode, Ids, encoded, encoder
+from utils.data.lengths import of_setup, refuse_longer
 from utils.data.shards import KEY_BYTES, Shards
 from utils.data.sources import SPLITS, Row, Source, TextUnavailable, describe
-from utils.data.tokenizer import fetch_tokenizer, load_tokenizer, published_identity, save_tokenizer, train_tokenizer
+from utils.data.tokenizer import copy_tokenizer, load_tokenizer, published_at, published_identity, save_tokenizer, train_tokenizer
 from utils.data.tokens import Tokens
 from utils.run.artifacts import inventory, left_behind, link_or_copy, remove, write_json, write_sealed
 from utils.run.cache import cached
@@ -82,7 +83,9 @@ def _cache_of(config: Experiment, data: Data, root: Path, stop: Stop, instead: s
             save_tokenizer(train_tokenizer((row.text for row in source.rows("train")), shape.vocabulary), target / "tokenizer")
             end_of_text = 0
         else:
-            end_of_text = fetch_tokenizer(config.model, root, stop, target / "tokenizer")
+            published = published_at(config.model, root, stop)
+            refuse_longer(published, of_setup(config))
+            end_of_text = copy_tokenizer(config.model, published, target / "tokenizer")
         words = load_tokenizer(target / "tokenizer")
         _keep_only_if_made_from({"text": source.origins, "tokenizer": inventory(target / "tokenizer")}, state)
         counts = tokenise(source, words, end_of_text, limits, state / "tokens", stop)

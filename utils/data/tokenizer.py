@@ -38,17 +38,23 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     wrapped.save_pretrained(folder)
 
 
-def fetch_tokenizer(model: Model, cache: Path, stop: Stop, folder: Path) -> int:
-    """Save the tokenizer of a published model to `folder`; returns the id of its end-of-text token."""
+def published_at(model: Model, cache: Path, stop: Stop) -> Path:
+    """The folder of a published model, fetched if need be, or its GGUF file."""
+    return gguf_file(model.name) if model.source == "gguf" else model_folder(model, cache, stop)[0]
+
+
+def read_from(source: Path) -> dict[str, Any]:
+    """What `from_pretrained` is told to read a folder or a GGUF file as it is."""
+    place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name} if source.is_file() else {}
+    return {"pretrained_model_name_or_path": source, "local_files_only": True} | place
+
+
+def copy_tokenizer(model: Model, source: Path, folder: Path) -> int:
+    """Save the tokenizer of a published model, which is at `source`, to `folder`; returns the id of its end-of-text token."""
     from transformers import AutoTokenizer
 
-    if model.source == "gguf":
-        path = gguf_file(model.name)
-        source, inside = path.parent, {"gguf_file": path.name}
-    else:
-        source, inside = model_folder(model, cache, stop)[0], {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **inside)
+        tokenizer = AutoTokenizer.from_pretrained(**read_from(source), trust_remote_code=False)
     except Exception as error:  # whatever the library raises for a file that somebody else made
         if exhausted(error):
             raise

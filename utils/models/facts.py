@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from configs.schema import Experiment
+from utils.data.lengths import of_setup, refuse_longer
 from utils.models.ffn import ffn_parameters
 from utils.models.loading import device_of, load_model
 from utils.run.environment import code_revision, host, now, versions
-from utils.run.errors import InputError
 
 
 def setup_facts(config: Experiment, seed: int, base: Path) -> dict[str, Any]:
     """Fields of setup_complete.json. Raises InputError if the configuration needs longer sequences than the base model takes."""
+    refuse_longer(base, of_setup(config))
     model = load_model(base)
-    _check_context(config, getattr(model.config, "max_position_embeddings", None))
     total, ffn = model.num_parameters(), ffn_parameters(model)
     facts: dict[str, Any] = {
         "timestamp": now(),
@@ -43,15 +43,3 @@ def setup_facts(config: Experiment, seed: int, base: Path) -> dict[str, Any]:
         card = torch.cuda.get_device_properties(0)
         facts |= {"cuda_version": torch.version.cuda, "gpu_name": card.name, "gpu_memory_gb": card.total_memory / 2**30}
     return facts
-
-
-def _check_context(config: Experiment, context: int | None) -> None:
-    """Refuse what GPT-2 and OPT, which have a table of positions, would fail on, and others would extrapolate to."""
-    flips = config.hotflip
-    needs = {
-        "data.sequence_length": config.data.sequence_length,
-        "hotflip.prefix_tokens + hotflip.scored_tokens + 1": flips.prefix_tokens + flips.scored_tokens + 1,
-    }
-    for key, tokens in needs.items():
-        if context is not None and tokens > context:
-            raise InputError(f"{key} = {tokens}: expected at most {context}, the longest sequence of the base model; lower it")

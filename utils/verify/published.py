@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 from configs.schema import Model
+from utils.data.lengths import refuse_longer
+from utils.data.tokenizer import published_at, read_from
 from utils.models.loading import fetch_pretrained
 from utils.run import hub
 from utils.run.checks import Finding
+from utils.run.errors import InputError
 from utils.run.gguf import gguf_file
 from utils.run.hub import MODEL_FILES, Repository
 from utils.verify.look import Look, faults
@@ -64,22 +67,32 @@ def tokenizer(look: Look) -> Finding:
         return "skip", "the tokenizer is trained here"
     from transformers import AutoTokenizer
 
-    folder, inside = Path(look.config.model.name), {}
-    if look.config.model.source == "gguf":
-        path = gguf_file(look.config.model.name)
-        folder, inside = path.parent, {"gguf_file": path.name}
-    if repository := look.model:
-        names = look.listing(repository).matching(TOKENIZER_FILES)
-        if look.mode == "offline" and (fault := faults(look, repository, look.listing(repository), names)):
-            return "no", fault
-        folder = next(iter(hub.fetch(repository, names, look.root, look.stop).paths.values())).parent
-    words = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **inside)
+    words = AutoTokenizer.from_pretrained(**read_from(_without_weights(look)), trust_remote_code=False)
     text = "def Monotone(x):\n    return x  # größer, 漢字"
     if words.eos_token_id is None:
         return "no", "it has no end-of-text token, which stands between documents"
     if words.decode(words(text, add_special_tokens=False)["input_ids"]) != text:
         return "no", "a text that is encoded and decoded comes out as another one"
     return "ok", f"{len(words)} entries, end-of-text is {words.eos_token_id}"
+
+
+def sequences(look: Look) -> Finding:
+    """The model takes the longest sequence of every stage."""
+    if look.config.model.source == "scratch":
+        return "skip", "the model is made for them"
+    refuse_longer(_without_weights(look), look.config.longest)
+    return "ok", f"of up to {max(look.config.longest.values())} tokens, which the model takes"
+
+
+def _without_weights(look: Look) -> Path:
+    """The model's folder, configuration and tokenizer fetched if need be, or its GGUF file. Raises InputError if they cannot be."""
+    repository = look.model
+    if repository is None:
+        return published_at(look.config.model, look.folders.cache, look.stop)
+    names = look.listing(repository).matching(TOKENIZER_FILES)
+    if look.mode == "offline" and (fault := faults(look, repository, look.listing(repository), names)):
+        raise InputError(fault)
+    return next(iter(hub.fetch(repository, names, look.root, look.stop).paths.values())).parent
 
 
 def small_model(look: Look) -> Finding:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import sys
 from pathlib import Path
@@ -260,7 +262,26 @@ def test_second_submission_at_the_same_time_is_refused(slurm: FakeSlurm, root: P
 def test_place_that_cannot_be_written_is_named(own_folders: Path, capsys: Out) -> None:
     (own_folders / "file").write_text("")
     assert tiny("--set", f"paths.work={own_folders}/file/work") == FAILED
-    assert f"cannot write {own_folders}/file/work/tiny/submission: Not a directory; choose other folders" in capsys.readouterr().err
+    assert f"cannot write or read {own_folders}/file/work/tiny/submission: Not a directory. What is" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_now_is_not_moved_aside(
+    slurm: FakeSlurm, root: Path, own_folders: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = make_chain(root)
+    finish(chain, [0])
+    before = sorted(chain.folders.run.glob("seed_42/*"))
+    real = Path.read_text
+
+    def read(path: Path, *arguments: str, **named: str) -> str:
+        if path.name == "manifest.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert tiny("--discard") == FAILED
+    assert "manifest.json: Input/output error" in capsys.readouterr().err
+    assert slurm.jobs == {} and sorted(chain.folders.run.glob("seed_42/*")) == before
 
 
 def test_own_cluster_file_and_unknown_one(slurm: FakeSlurm, own_folders: Path, capsys: Out) -> None:

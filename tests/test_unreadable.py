@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,8 +17,12 @@ from utils.attacks.matched import _made_before
 from utils.run import launch, lock, trouble
 from utils.run.artifacts import inventory, write_sealed
 from utils.run.cache import cached
-from utils.run.errors import DONE, FAILED, REFUSED, Unreadable
+from utils.run.errors import DONE, FAILED, REFUSED
 from utils.run.preemption import Stop
+from utils.run.status import newest_checkpoint
+from utils.run.units import Share, Unit
+from utils.slurm import job
+from utils.slurm.chain import _position
 
 Out = pytest.CaptureFixture[str]
 
@@ -44,7 +49,7 @@ def test_a_cache_is_not_built_again(tmp_path: Path, out_of_reach: Callable[[str]
 
     content = cached(tmp_path, "kind", {}, build, Stop())
     out_of_reach("manifest.json")
-    with pytest.raises(Unreadable):
+    with pytest.raises(OSError, match="Input/output error"):
         cached(tmp_path, "kind", {}, lambda target, state: pytest.fail("built again"), Stop())
     assert content.exists()
 
@@ -52,9 +57,9 @@ def test_a_cache_is_not_built_again(tmp_path: Path, out_of_reach: Callable[[str]
 def test_a_stage_is_not_moved_aside(own_folders: Path, out_of_reach: Callable[[str], None], capsys: Out) -> None:
     assert run(NUMBERS) == DONE
     out_of_reach("manifest.json")
-    assert run(NUMBERS, discard=True) == REFUSED
+    assert run(NUMBERS, discard=True) == FAILED
     said = capsys.readouterr().err
-    assert "manifest.json: cannot be read" in said and "--discard" not in said
+    assert "manifest.json: Input/output error. What is complete is kept" in said and "--discard" not in said
     assert [path.name for path in folder_of(NUMBERS, own_folders).parent.iterdir()] == ["stage_0_numbers"]
 
 
@@ -75,9 +80,29 @@ def test_a_damaged_older_checkpoint_does_not_end_a_save(tmp_path: Path) -> None:
 def test_an_older_checkpoint_out_of_reach_is_not_taken_for_damaged(tmp_path: Path, out_of_reach: Callable[[str], None]) -> None:
     there = saved(tmp_path, {1: 1, 2: 1}, keep_last=3)
     out_of_reach("state.json")
-    with pytest.raises(Unreadable):
+    with pytest.raises(OSError, match="Input/output error"):
         there._prune()
     assert len(names(tmp_path)) == 2
+
+
+def test_what_is_only_shown_or_compared_may_be_out_of_reach(
+    tmp_path: Path, out_of_reach: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How far a job was, a unit was, and which checkpoint is the newest: no job ends for it."""
+    saved(tmp_path, {1: 1})
+    out_of_reach("manifest.json")
+    assert newest_checkpoint(tmp_path) == ""
+    out_of_reach("progress.json")
+    assert _position(tmp_path / "progress.json") is None
+    monkeypatch.setattr(job, "_stopped", lambda *given: tmp_path / "progress.json")
+    chain = SimpleNamespace(position=lambda stage, seeds: ["train", 7])
+    assert job.gained(chain, NUMBERS, [42])  # type: ignore[arg-type]
+    out_of_reach("one.json")
+    (tmp_path / "one.json").touch()
+    begun = Unit("one", "work", "", 3, lambda begun, step: [])
+    share = Share(lambda done: [begun], tmp_path, Stop())
+    share.units = [begun]
+    assert share._made("work") == (0, 3)
 
 
 def test_damaged_controls_of_equal_quality_are_not_taken(tmp_path: Path, capsys: Out) -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from utils.run.errors import InputError, Unreadable
+from utils.run.errors import InputError
 
 TEMPORARY = ".tmp-"
 SEAL = "sha256_of_the_rest"
@@ -123,7 +123,8 @@ MADE_AGAIN = "remove it to have it made again"
 def read_json(path: Path, shape: Any = Any, cure: str = MADE_AGAIN) -> Any:
     """The value in a JSON file if it has the type `shape`, as pydantic understands it; of a dataclass an instance.
 
-    Raises InputError, with what to do, for what is no such file, and Unreadable for one that cannot be read now.
+    Raises InputError, with what to do, for what is no such file. One that cannot be read now may be as good as ever, and is not to be
+    removed or made again for that: it raises OSError.
     """
     return _shaped(path, _parsed(path, cure), shape, cure)
 
@@ -136,7 +137,8 @@ def _parsed(path: Path, cure: str) -> Any:
     except (ValueError, RecursionError, IsADirectoryError) as error:
         raise InputError(f"{path}: expected a JSON file, found something else ({error}); {cure}") from None
     except OSError as error:
-        raise Unreadable(f"{path}: cannot be read ({error.strerror}); give access, or wait for the disk, then run again") from None
+        error.filename = error.filename or str(path)  # a read that fails does not say where
+        raise
 
 
 def _shaped(path: Path, value: Any, shape: Any, cure: str) -> Any:
@@ -175,8 +177,6 @@ def left_behind(path: Path, shape: Any = Any) -> Any:
     """What an earlier start wrote with `write_sealed`; None if there is nothing, and if it is damaged, which is said."""
     try:
         return read_sealed(path, shape) if path.exists() else None
-    except Unreadable:
-        raise
     except InputError as error:
         print(f"  {error.args[0].rpartition(';')[0]}; it is made again")
         return None

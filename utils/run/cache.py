@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.run.artifacts import Listed, damage, inventory, published, read_json, remove, sweep_temporaries, value_digest, write_json
-from utils.run.errors import InputError, Unreadable
+from utils.run.errors import InputError
 from utils.run.lock import locked
 from utils.run.preemption import Stop
 
@@ -39,7 +39,5 @@ def cached(root: Path, kind: str, description: dict[str, Any], build: Callable[[
 def _fault(content: Path, mark: Path) -> str | None:
     try:
         return damage(content, read_json(mark, Listed)["files"])
-    except Unreadable:
-        raise
     except InputError as error:
         return f"{mark} is not readable ({error})"

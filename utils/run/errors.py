@@ -12,10 +12,6 @@ class InputError(ValueError):
     """Wrong input or configuration (exit 2): the message says path or key, found, expected and what to do next."""
 
 
-class Unreadable(InputError):
-    """A file that cannot be read now, and may be as good as ever: nothing is removed or made again for its sake."""
-
-
 class StoppedInTime(Exception):
     """Work was interrupted by a signal or a deadline after its state was saved (exit 75)."""
 

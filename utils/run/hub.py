@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 from configs.schema import HUB_ENTRY, Experiment, Files, Model
 from utils.run.artifacts import file_digest, read_json, write_json
-from utils.run.errors import InputError, Unreadable
+from utils.run.errors import InputError
 from utils.run.lock import locked
 from utils.run.patience import ArrivedDamagedError, Unavailable, patiently
 from utils.run.preemption import Stop
@@ -183,8 +183,6 @@ def _cache_folder(repository: Repository, folder: Path) -> Path:
 def _stored(place: Path) -> Listing | None:
     try:
         listed: Listing = read_json(place, Listing)
-    except Unreadable:
-        raise
     except InputError:
         return None
     return listed

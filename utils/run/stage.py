@@ -16,7 +16,7 @@ from configs.schema import Experiment
 from utils.run import manifest
 from utils.run.artifacts import remove, sweep_temporaries, sync
 from utils.run.environment import code_revision, restarted
-from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, Unreadable, WorkFailed
+from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
 from utils.run.folders import Folders
 from utils.run.lock import locked
 from utils.run.preemption import Stop
@@ -308,8 +308,6 @@ def _unusable(stage: Stage, context: Context) -> str | None:
         done = manifest.completed(folder)
         left = [path for path in (context.state, *map(context.write, stage.writes)) if path.exists()]
         there = manifest.started(folder) or done  # after that look: another task may begin the same work now
-    except Unreadable:
-        raise
     except InputError as error:
         return _unreadable(error)
     if there is None:
@@ -327,8 +325,6 @@ def _damaged(fault: str) -> str:
 
 
 def _unreadable(error: InputError) -> str:
-    if isinstance(error, Unreadable):
-        return str(error)
     return f"{error}\n  Or move the whole folder aside and start afresh (--discard)."
 
 

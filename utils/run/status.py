@@ -89,7 +89,7 @@ def newest_checkpoint(folder: Path) -> str:
         try:
             if damage(path, read_json(path / "manifest.json", Listed)["files"], contents=False) is None:
                 return path.name
-        except InputError:
+        except (InputError, OSError):
             continue
     return ""
 

@@ -154,6 +154,6 @@ class Share:
             if unit.name in done:
                 made += unit.steps
             elif unit.name in begun:
-                with suppress(InputError):  # done in this moment
+                with suppress(InputError, OSError):  # done in this moment
                     made += read_json(self.folder / f"{unit.name}.json", Begun)["steps"]
         return made, sum(unit.steps for unit in units)

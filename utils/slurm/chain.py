@@ -232,5 +232,5 @@ def _position(file: Path) -> list[Any] | None:
     try:
         facts = read_json(file, Reported)
         return [facts["label"], facts["done"]]
-    except InputError:
+    except (InputError, OSError):
         return None

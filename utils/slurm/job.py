@@ -148,7 +148,7 @@ def gained(chain: Chain, stage: Stage, seeds: Sequence[int]) -> bool:
     now = chain.position(stage, seeds)
     try:
         before = read_json(file)
-    except InputError:
+    except (InputError, OSError):
         before = None
     write_json(file, now)
     return bool(before != now)

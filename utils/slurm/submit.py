@@ -44,10 +44,6 @@ def submit_run(chain: Chain, frozen: snapshot.Snapshot, order: Order) -> int:
     except SlurmError as error:
         print(f"nothing was submitted: {error}", file=sys.stderr)
         return FAILED
-    except OSError as error:
-        where = error.filename or chain.folder
-        print(f"cannot write {where}: {error.strerror}; choose other folders (paths.*, $SCRATCH, $PROJECT)", file=sys.stderr)
-        return FAILED
 
 
 def _submit(chain: Chain, frozen: snapshot.Snapshot, order: Order) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from utils.run.artifacts import Listed, damage, inventory, published, read_json, remove, sweep_temporaries, sync, write_json
-from utils.run.errors import InputError, Unreadable
+from utils.run.errors import InputError
 from utils.training.distributed import ALONE, World, local, whole
 from utils.training.parts import assembled, header, offset
 from utils.training.tensor_file import write_tensors
@@ -247,8 +247,6 @@ class Checkpoints:
             wanted = {file: facts for file, facts in listed.items() if kinds[file] in chosen}
             with ThreadPoolExecutor(READERS) as pool:
                 faults = list(pool.map(lambda item: damage(item[0], {".": item[1]}), wanted.items()))
-        except Unreadable:
-            raise
         except (InputError, KeyError) as error:
             return f"its manifest is not readable ({error})"
         self._intact |= chosen - {kinds[file] for file, fault in zip(wanted, faults, strict=True) if fault is not None}
@@ -273,8 +271,6 @@ def _best_step(path: Path) -> int | None:
     """The best step that a checkpoint points to; None of one that cannot be gone on from."""
     try:
         state: TrainState = read_json(path / "state.json", TrainState)
-    except Unreadable:
-        raise
     except InputError:
         return None
     return state.best_step

@@ -318,12 +318,15 @@ class Training(Section):
     def unshared(self, processes: int) -> str | None:
         """Why so many processes cannot take equal shares of a step, in words; None if they can."""
         if self.batch_size % processes:
-            return f"training.batch_size={self.batch_size} with {processes} training processes; expected a multiple of {processes}"
+            return (
+                f"training.batch_size={self.batch_size} with {processes} training processes; expected a multiple of {processes}, or "
+                "another number of them"
+            )
         share = self.batch_size // processes
         if self.micro_batch != "auto" and share % self.micro_batch:
             return (
                 f"training.micro_batch={self.micro_batch} with {processes} training processes, each of which takes {share} sequences of a "
-                f"step; expected a divisor of {share}, or auto"
+                f"step; expected a divisor of {share}, auto, or another number of processes"
             )
         return None
 
@@ -498,7 +501,7 @@ class Experiment(Section):
                 "layer-wise warm-up runs in one process; expected 0 or compute.parallel='none'"
             )
         if self.compute.parallel != "none" and self.compute.processes and (fault := self.training.unshared(self.compute.processes)):
-            raise ValueError(f"{fault}, or another compute.processes")  # on several nodes there are more: the cluster file says how many
+            raise ValueError(f"{fault} (compute.processes)")  # on several nodes there are more: the cluster file says how many
         scratch = self.model.scratch
         for key, tokens in self.longest.items():
             if scratch and tokens > scratch.context:

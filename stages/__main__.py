@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -25,10 +26,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _done(_parser().parse_args(arguments))
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough
+    except BrokenPipeError as error:
+        if not _reader_left(error):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
         return UNREAD
     return code
+
+
+def _reader_left(error: OSError) -> bool:
+    """Whether `| head` has read enough. Python gives a lost file system (ESHUTDOWN) the same class."""
+    return error.errno == errno.EPIPE and error.filename is None
 
 
 def _done(options: argparse.Namespace) -> int:
@@ -52,7 +60,7 @@ def _done(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return REFUSED
     except OSError as error:
-        if isinstance(error, BrokenPipeError) or (words := explained(error, Path.cwd())) is None:
+        if _reader_left(error) or (words := explained(error, Path.cwd())) is None:
             raise
         print(words, file=sys.stderr)
         return FAILED

@@ -15,6 +15,10 @@ def main(how: str, state: str) -> int:
             time.sleep(0.01)
         print((folder / "stop").read_text())
         return 75
+    if act == "write":
+        time.sleep(1)
+        (folder / "written").touch()
+        return 0
     if act == "hang":
         time.sleep(600)
     print(f"process {rank} says why", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -146,6 +147,26 @@ def test_first_code_that_is_not_0_ends_the_run(code: int, calls: Calls, capsys: 
     assert whole.main(["run", "--config", TINY]) == code
     assert [name for name, _ in calls] == ["setup", "monotonicity", "train_baseline"]
     assert "All stages are complete" not in capsys.readouterr().out
+
+
+def test_a_reader_who_has_read_enough_ends_a_command() -> None:
+    """As `| head` does; without a traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "stages", "plan"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (whole.UNREAD, "")
+
+
+def test_a_lost_file_system_is_no_reader_who_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python gives both the class BrokenPipeError."""
+
+    def lost(*arguments: object) -> int:
+        raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN), "manifest.json")
+
+    monkeypatch.setattr(whole, "_run", lost)
+    assert whole.main(["run"]) == FAILED
+    assert "cannot write or read manifest.json: Cannot send after transport endpoint shutdown" in capsys.readouterr().err
 
 
 def test_status_starts_nothing(own_folders: Path, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:

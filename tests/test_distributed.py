@@ -307,7 +307,7 @@ def test_shares_of_a_batch() -> None:
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        (3, r"training.batch_size=8 with 3 training processes; expected a multiple of 3, or another number of processes"),
+        (3, r"training.batch_size=8 with 3 training processes; expected a multiple of 3, or another number"),
         (2, r"training.micro_batch=8 with 2 training processes, each of which takes 4 sequences of a step; expected a divisor of 4"),
     ],
 )

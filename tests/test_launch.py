@@ -65,6 +65,16 @@ def test_a_failed_process_ends_the_others_soon_and_is_quoted(tmp_path: Path, mon
         start("0=hang,1=3", tmp_path)
 
 
+@pytest.mark.parametrize("under_way", [False, True])
+def test_a_checkpoint_that_is_being_written_is_waited_for(under_way: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "WHEN_TOLD", 0.0)
+    if under_way:
+        (tmp_path / "checkpoints/.tmp-step_00000100").mkdir(parents=True)
+    with pytest.raises(WorkFailed, match="process 1 says why"):
+        start("0=write,1=3", tmp_path)
+    assert (tmp_path / "written").exists() == under_way
+
+
 def test_one_that_crashed_leaves_the_others_time_to_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "PATIENCE", 0.3)
     with pytest.raises(WorkFailed, match=rf"^process 1 of 2 ended with code {launch.CRASHED}: process 1 says why$"):
@@ -239,6 +249,15 @@ def test_without_gpus_there_is_nothing_to_start(together: tuple[Experiment, File
     compute = config.compute.model_copy(update={"processes": 0})
     with pytest.raises(InputError, match=r"compute.parallel=ddp: found no GPU.*or set compute.processes"):
         recover(config.model_copy(update={"compute": compute}), 3, 2e-2, None, files, Stop(), "train")
+
+
+def test_processes_that_cannot_share_a_step_are_not_started(together: tuple[Experiment, Files], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two nodes there are twice as many, which the configuration cannot know."""
+    monkeypatch.setattr(recovery, "launch", lambda *arguments: pytest.fail("started"))
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    config, files = together
+    with pytest.raises(InputError, match=r"with 6 training processes; expected a multiple of 6"):
+        recover(config, 3, 2e-2, None, files, Stop(), "train")
 
 
 @pytest.mark.parametrize(

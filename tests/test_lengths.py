@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from configs.schema import Experiment
 from stages.pipeline import stages
@@ -38,6 +41,15 @@ def test_a_model_without_positions_takes_everything(tmp_path: Path) -> None:
 def test_a_configuration_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(InputError, match=r"expected a model whose configuration transformers knows \(.*unheard-of.*\); name another model"):
+        refuse_longer(tmp_path, {})
+
+
+def test_a_disk_that_fails_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*arguments: object, **named: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "config.json")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", read)
+    with pytest.raises(OSError, match="Input/output error"):
         refuse_longer(tmp_path, {})
 
 

@@ -132,11 +132,11 @@ def test_bad_override_is_refused_in_words(override: str, words: list[str] | None
     [
         (
             ["compute.processes=3"],
-            "training.batch_size=8 with 3 training processes; expected a multiple of 3, or another compute.processes",
+            "training.batch_size=8 with 3 training processes; expected a multiple of 3, or another number of them (compute.processes)",
         ),
         (
             ["compute.processes=2", "training.micro_batch=8"],
-            "each of which takes 4 sequences of a step; expected a divisor of 4, or auto, or",
+            "each of which takes 4 sequences of a step; expected a divisor of 4, auto, or another number of processes",
         ),
         (["compute.processes=2", "training.micro_batch=4"], None),
         (["compute.processes=3", "compute.parallel=none"], None),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
 
@@ -173,6 +175,17 @@ def test_job_by_hand_works_on_while_the_controller_is_away(root: Path, inside: F
     assert (
         "the jobs behind this one were not looked at (scontrol gave no answer in 60 s); later: bash run_all.sh" in capsys.readouterr().out
     )
+
+
+def test_job_by_hand_works_on_while_another_stage_is_out_of_reach(
+    root: Path, inside: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    def survey(*arguments: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "manifest.json")
+
+    monkeypatch.setattr(Chain, "survey", survey)
+    job.arrive(make_chain(root), TRAINING, [42])
+    assert "the jobs behind this one were not looked at ([Errno 5] Input/output error: 'manifest.json'); later" in capsys.readouterr().out
 
 
 # --- it leaves

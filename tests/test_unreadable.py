@@ -28,14 +28,14 @@ Out = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def out_of_reach(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def out_of_reach(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let the disk fail for all files of a name."""
     real = Path.read_text
 
-    def fail(name: str) -> None:
+    def fail(name: str, number: int = errno.EIO) -> None:
         def read(path: Path, *arguments: str, **named: str) -> str:
             if path.name == name:
-                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+                raise OSError(number, os.strerror(number), str(path))
             return real(path, *arguments, **named)
 
         monkeypatch.setattr(Path, "read_text", read)
@@ -43,7 +43,7 @@ def out_of_reach(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return fail
 
 
-def test_a_cache_is_not_built_again(tmp_path: Path, out_of_reach: Callable[[str], None]) -> None:
+def test_a_cache_is_not_built_again(tmp_path: Path, out_of_reach: Callable[..., None]) -> None:
     def build(target: Path, state: Path) -> None:
         (target / "part").write_text("content")
 
@@ -54,12 +54,14 @@ def test_a_cache_is_not_built_again(tmp_path: Path, out_of_reach: Callable[[str]
     assert content.exists()
 
 
-def test_a_stage_is_not_moved_aside(own_folders: Path, out_of_reach: Callable[[str], None], capsys: Out) -> None:
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ESHUTDOWN])
+def test_a_stage_is_not_moved_aside(number: int, own_folders: Path, out_of_reach: Callable[..., None], capsys: Out) -> None:
+    """A lost file system of the network among them, which Python takes for a broken pipe."""
     assert run(NUMBERS) == DONE
-    out_of_reach("manifest.json")
+    out_of_reach("manifest.json", number)
     assert run(NUMBERS, discard=True) == FAILED
     said = capsys.readouterr().err
-    assert "manifest.json: Input/output error. What is complete is kept" in said and "--discard" not in said
+    assert f"manifest.json: {os.strerror(number)}. What is complete is kept" in said and "--discard" not in said
     assert [path.name for path in folder_of(NUMBERS, own_folders).parent.iterdir()] == ["stage_0_numbers"]
 
 
@@ -77,7 +79,7 @@ def test_a_damaged_older_checkpoint_does_not_end_a_save(tmp_path: Path) -> None:
     assert "step_00000004" in names(tmp_path)
 
 
-def test_an_older_checkpoint_out_of_reach_is_not_taken_for_damaged(tmp_path: Path, out_of_reach: Callable[[str], None]) -> None:
+def test_an_older_checkpoint_out_of_reach_is_not_taken_for_damaged(tmp_path: Path, out_of_reach: Callable[..., None]) -> None:
     there = saved(tmp_path, {1: 1, 2: 1}, keep_last=3)
     out_of_reach("state.json")
     with pytest.raises(OSError, match="Input/output error"):
@@ -86,7 +88,7 @@ def test_an_older_checkpoint_out_of_reach_is_not_taken_for_damaged(tmp_path: Pat
 
 
 def test_what_is_only_shown_or_compared_may_be_out_of_reach(
-    tmp_path: Path, out_of_reach: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, out_of_reach: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How far a job was, a unit was, and which checkpoint is the newest: no job ends for it."""
     saved(tmp_path, {1: 1})

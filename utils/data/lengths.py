@@ -8,7 +8,7 @@ from pathlib import Path
 from configs.schema import Experiment
 from utils.data.tokenizer import read_from
 from utils.run.errors import InputError
-from utils.run.trouble import exhausted
+from utils.run.trouble import of_machine
 
 
 def of_setup(config: Experiment) -> dict[str, int]:
@@ -26,7 +26,7 @@ def refuse_longer(source: Path, needs: Mapping[str, int]) -> None:
     try:
         longest = getattr(AutoConfig.from_pretrained(**read_from(source), trust_remote_code=False), "max_position_embeddings", None)
     except Exception as error:  # whatever the library raises for what somebody else made
-        if exhausted(error):
+        if of_machine(error):
             raise
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{source}: expected a model whose configuration transformers knows ({said}); name another model") from None

@@ -14,7 +14,7 @@ from utils.run.errors import InputError
 from utils.run.gguf import gguf_file
 from utils.run.hub import model_folder
 from utils.run.preemption import Stop
-from utils.run.trouble import exhausted
+from utils.run.trouble import of_machine
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -56,7 +56,7 @@ def copy_tokenizer(model: Model, source: Path, folder: Path) -> int:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**read_from(source), trust_remote_code=False)
     except Exception as error:  # whatever the library raises for a file that somebody else made
-        if exhausted(error):
+        if of_machine(error):
             raise
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -76,7 +76,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more particular
-        if exhausted(error):
+        if of_machine(error):
             raise
         raise InputError(f"{path}: expected a tokenizer of the tokenizers library ({error}); name a model that has one") from None
     tokenizer.encode_special_tokens = True

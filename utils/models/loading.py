@@ -20,7 +20,7 @@ from utils.run.errors import InputError
 from utils.run.gguf import gguf_file
 from utils.run.hub import model_folder
 from utils.run.preemption import Stop
-from utils.run.trouble import exhausted
+from utils.run.trouble import of_machine
 
 transformers_logging.disable_progress_bar()
 
@@ -54,7 +54,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
     try:
         model = _read(folder, local_files_only=True)
     except Exception as error:  # whatever the library raises for what somebody else made
-        if exhausted(error):
+        if of_machine(error):
             raise
         raise InputError(f"{folder}: expected a model folder with config.json and safetensors weights: {error}") from None
     return model.to(device).eval()
@@ -87,7 +87,7 @@ def _read_gguf(path: Path) -> PreTrainedModel:
             path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **packed
         )
     except Exception as error:
-        if exhausted(error):
+        if of_machine(error):
             raise
         raise InputError(f"{path}: expected a GGUF file of an architecture that transformers knows: {_said(error)}") from None
     plain = AutoModelForCausalLM.from_config(type(found.config).from_dict(_unpacked(found.config)), dtype=torch.float32)
@@ -147,7 +147,7 @@ def fetch_pretrained(model: Model, cache: Path, stop: Stop) -> tuple[PreTrainedM
     try:
         return _read(folder, local_files_only=True).eval(), commit
     except Exception as error:
-        if exhausted(error):
+        if of_machine(error):
             raise
         raise InputError(
             f"model.name={model.name!r}, revision {model.revision!r}: cannot be loaded as a causal LM with safetensors weights: "

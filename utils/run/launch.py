@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
-from utils.run.artifacts import remove, write_text
+from utils.run.artifacts import TEMPORARY, remove, write_text
 from utils.run.environment import number
 from utils.run.errors import DONE, FAILED, REFUSED, STOPPED, InputError, StoppedInTime, WorkFailed
 from utils.run.preemption import SIGNALS, Stop, die_with_parent
@@ -144,7 +144,8 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], request: Path, stop: Stop
         ended = all(child.poll() is not None for child in children)
         failed += [number for number, child in enumerate(children) if number not in failed and _failed(child)]
         told = any(_told(int(children[number].returncode)) for number in failed)
-        if ended or waited >= (WHEN_TOLD if told else PATIENCE):
+        soon = told and not any(request.parent.rglob(f"{TEMPORARY}*"))  # a checkpoint that one of them is writing is worth some patience
+        if ended or waited >= (WHEN_TOLD if soon else PATIENCE):
             break
         if stop.requested() and not request.exists():
             write_text(request, stop.reason or "")

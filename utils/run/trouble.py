@@ -11,8 +11,11 @@ from pathlib import Path
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE}
+LOST_NAMES = ("ETIMEDOUT", "ESHUTDOWN", "ENOTCONN", "EREMOTEIO", "ECOMM", "EHOSTDOWN", "ENOLINK", "ENODEV", "ENXIO")
+LOST = {getattr(errno, name) for name in LOST_NAMES if hasattr(errno, name)}  # a file system of the network
 NOT_A_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
-DISK_TROUBLE = DISK_FULL | NO_ACCESS | NOT_A_PLACE
+DISK_FAILS = DISK_FULL | NO_ACCESS | LOST
+DISK_TROUBLE = DISK_FAILS | NOT_A_PLACE
 NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|bad_alloc|[Cc]annot allocate memory|can't start new thread"
     r"|failed to map segment from shared object$"
@@ -48,8 +51,13 @@ def _said(error: Exception, folder: Path | None) -> str | None:
     return exhausted(error)
 
 
+def of_machine(error: Exception) -> bool:
+    """Whether disk, memory or device failed: what a reader must not take for a fault of the file that it reads."""
+    return exhausted(error) is not None or (isinstance(error, OSError) and error.errno in DISK_FAILS)
+
+
 def exhausted(error: Exception) -> str | None:
-    """As `explained`, of memory and devices alone: what a reader must not take for a fault of the file that it reads.
+    """As `explained`, of memory and devices alone.
 
     torch is not imported here; its errors are known by their names and words.
     """

@@ -61,7 +61,7 @@ def own_share(config: Experiment) -> tuple[int, Task]:
 def arrive(chain: Chain, stage: Stage, seeds: Sequence[int]) -> None:
     """Say how this job will end; if it was submitted by hand, note it, and repair the chain behind it.
 
-    Without an answer from SLURM the work goes on: the chain can be repaired later.
+    Without an answer from SLURM, or from the disk of another stage's folder, the work goes on: the chain can be repaired later.
     """
     _say_limits()
     if os.environ.get("JOB_RESTARTS"):
@@ -71,7 +71,7 @@ def arrive(chain: Chain, stage: Stage, seeds: Sequence[int]) -> None:
             chain.note(stage, _number(), seeds, own_tasks(), by="hand")
         client.update(own_id(), Comment=str(chain.code))
         repair(chain, stage, seeds)
-    except SlurmError as error:
+    except (SlurmError, OSError) as error:
         print(f"  the jobs behind this one were not looked at ({error}); later: bash run_all.sh --resume")
 
 

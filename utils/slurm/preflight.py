@@ -96,7 +96,7 @@ def shares(chain: Chain, stages: Sequence[Stage]) -> list[Check]:
         nodes = int((_asked(chain, stage, "nodes") or "1").partition("-")[0])
         each = chain.config.compute.processes or _gpus(_asked(chain, stage, "gres", "SBATCH_GRES") or "") or 1
         if "training" in stage.config_keys and (fault := chain.config.training.unshared(nodes * each)):
-            words = f"{chain.script(stage)}, {nodes} x {each}: {fault}, or other `nodes` or `gres` in the cluster file (--cluster)"
+            words = f"{chain.script(stage)}, {nodes} x {each}: {fault} (`nodes` and `gres` in the cluster file, --cluster)"
             return [Check("processes", "no", words)]
     return []
 

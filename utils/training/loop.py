@@ -42,7 +42,7 @@ def train(run: Run) -> tuple[TrainState, Checkpoints]:
     interrupted any number of times equals an uninterrupted one bit for bit: weights, optimiser state and metrics.
     """
     if fault := run.spec.unshared(run.world.size):
-        raise InputError(f"{fault}, or another number of processes")
+        raise InputError(fault)
     checkpoints = Checkpoints(run.state_folder, run.spec.keep_last, run.world)
     with closing(checkpoints), ready(run):
         stepper = Stepper(run, checkpoints.snapshot.before_update)

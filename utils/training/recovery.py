@@ -18,6 +18,7 @@ from utils.models.falsify import falsify
 from utils.models.loading import as_teacher, compute_dtype, device_of, load_model, save_model
 from utils.models.orders import Order, all_plus
 from utils.run.artifacts import write_json
+from utils.run.environment import number
 from utils.run.errors import InputError, WorkFailed
 from utils.run.launch import launch
 from utils.run.preemption import Stop
@@ -113,6 +114,8 @@ def _train_together(
             f"compute.parallel={compute.parallel}, compute.device={compute.device}: found {count} processes and {cards} GPUs, expected a "
             "GPU for each process; choose compute.processes, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on CPUs"
         )
+    if fault := config.training.unshared(count * number("SLURM_JOB_NUM_NODES", 1)):
+        raise InputError(fault)
     spec = {
         "config": config.model_dump_json(),
         "seed": seed,

@@ -10,9 +10,9 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -35,10 +35,16 @@ def package_versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _version(name: str) -> str:
-    distributions = metadata.packages_distributions().get(name)
+    distributions = _distributions().get(name)
     if not distributions:
         raise InputError(f"data.embedded.packages: {name!r} is not an installed package; install it or take it off the list")
     return metadata.version(distributions[0])
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """{package: what it was installed by}; it takes a look at every installed file."""
+    return metadata.packages_distributions()
 
 
 @lru_cache(maxsize=2)

@@ -42,6 +42,7 @@ def write_figures(drawn: dict[str, Figure], folder: Path) -> None:
         aside.mkdir()
         for name, figure in drawn.items():
             figure.savefig(aside / f"{name}.png", dpi=160)
+            figure.set_layout_engine(None)  # laid out once, for all formats
             figure.savefig(aside / f"{name}.pdf", metadata={"CreationDate": None})
             figure.savefig(aside / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)

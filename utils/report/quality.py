@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pandas as pd
 
 from utils.report.numbers import NATS, PERPLEXITY, RATIO, SHARE, Number, Source
@@ -36,6 +38,7 @@ def ratio_by_seed(study: Study, model: str = "monotonic", other: str = "baseline
     return {int(seed): Number(rate, None, None, 1).exp(RATIO).value for seed, rate in rates.items()}
 
 
+@lru_cache(maxsize=256)
 def _nats(study: Study, model: str, subset: str | None = None) -> pd.DataFrame:
     return study.matrix(study.documents, "document", "nll", _where(subset, model))
 

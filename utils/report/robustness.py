@@ -32,7 +32,12 @@ def ensemble(study: Study, *models: str) -> list[str]:
 def rises(study: Study, model: str, attack: str, over: list[str] | None = None, value: str = "rise") -> pd.DataFrame:
     """(S, texts) rise of each text; for the worst case the largest over the attacks `over`. Of several transfers to a model the largest."""
     chosen = (over or ensemble(study, model)) if attack == WORST else [attack]
-    return study.matrix(study.flips, "text", value, {"model": [model], "attack": chosen}, "max")
+    return _largest(study, model, tuple(chosen), value)
+
+
+@lru_cache(maxsize=256)
+def _largest(study: Study, model: str, attacks: tuple[str, ...], value: str) -> pd.DataFrame:
+    return study.matrix(study.flips, "text", value, {"model": [model], "attack": attacks}, "max")
 
 
 def rise(study: Study, model: str, attack: str = "hotflip", over: list[str] | None = None) -> Number:

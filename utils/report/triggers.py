@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pandas as pd
 
 from utils.report.numbers import NATS, Number, Source
@@ -54,6 +56,7 @@ def _searches(study: Study, model: str) -> dict[tuple[int, str], float]:
     return found
 
 
+@lru_cache(maxsize=256)
 def _behind(study: Study, model: str, trigger: str) -> pd.DataFrame:
     return study.matrix(study.triggers, "text", "nll", {"model": [model], "trigger": _names(study, trigger)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -32,6 +33,8 @@ from utils.slurm import client, snapshot
 
 torch.set_num_threads(1)
 
+MadeOnce = Callable[[str, Callable[[Path], None]], Path]
+
 
 def place(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     """Put the folders of a run below `root`."""
@@ -61,13 +64,43 @@ def tiny() -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Experiment) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> MadeOnce:
+    """made_once("name", make): a folder that make(folder) has filled, once for all processes of this test session, which only read it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+
+    def once(name: str, make: Callable[[Path], None]) -> Path:
+        folder, complete = shared / name, shared / f"{name}.complete"
+        with (shared / f"{name}.lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                make(folder)
+                complete.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def finished(made_once: MadeOnce, tiny: Experiment) -> Path:
     """Root of a complete run of the tiny experiment (scratch/ and project/). Read it, or copy it with `finished_copy`."""
-    root = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        place(patch, root)
-        assert run_each(stages(), tiny, tiny.seeds, discard=False) == 0
-    return root
+
+    def make(root: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            place(patch, root)
+            assert run_each(stages(), tiny, tiny.seeds, discard=False) == 0
+
+    return made_once("finished", make)
+
+
+@pytest.fixture(scope="session")
+def loaded_once(finished: Path) -> None:
+    """A model was loaded in this process: what the first one costs is spared in every fork."""
+    from utils.models.loading import load_model
+
+    load_model(next(finished.rglob("stage_2_train_baseline")) / "best")
 
 
 @pytest.fixture(scope="session")
@@ -79,15 +112,18 @@ def finished_records(finished: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def full_report(tmp_path_factory: pytest.TempPathFactory, tiny: Experiment, finished_records: dict[str, Path]) -> Path:
+def full_report(made_once: MadeOnce, tiny: Experiment, finished_records: dict[str, Path]) -> Path:
     """Folder of a report over three seeds with all controls, attacks, benchmarks and hostile texts; `records/` is what it is made from."""
-    folder = tmp_path_factory.mktemp("full")
-    study = Study.load(tiny, extended(finished_records, folder / "records"))
-    write_tables(tables(study), folder / "tables")
-    write_numbers(tables(study), study.traces, folder / "numbers.json")
-    write_figures(figures(study), folder / "figures")
-    write_page(study, tables(study), folder / "figures", folder / "report.html")
-    return folder
+
+    def make(folder: Path) -> None:
+        study = Study.load(tiny, extended(finished_records, folder / "records"))
+        made = tables(study)
+        write_tables(made, folder / "tables")
+        write_numbers(made, study.traces, folder / "numbers.json")
+        write_figures(figures(study), folder / "figures")
+        write_page(study, made, folder / "figures", folder / "report.html")
+
+    return made_once("full_report", make)
 
 
 @pytest.fixture

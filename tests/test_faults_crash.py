@@ -25,7 +25,7 @@ MARK = "scratch/foundation_llm_work/tiny/seed_42/stage_1_monotonicity/manifest.j
 
 
 @pytest.fixture
-def bench(tiny: Experiment, finished: Path, own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def bench(tiny: Experiment, finished: Path, loaded_once: None, own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     return Bench(tiny, finished, own_folders)
 

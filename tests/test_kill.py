@@ -11,7 +11,7 @@ from configs.schema import Experiment
 from stages.pipeline import stages
 from tests.killing import differing, killed_until_done, results, stage_seconds
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("loaded_once")]
 
 
 @pytest.mark.parametrize("turn", [1, 2])

@@ -50,7 +50,9 @@ SHELL += [
 
 def canaries(*folders: Path) -> list[str]:
     """Files that nobody makes but a hostile name, file or text that was run."""
-    return [str(path) for folder in (*folders, ROOT) for path in folder.rglob(CANARY) if ".git" not in path.parts]
+    tops = [path for path in ROOT.iterdir() if path.name not in (".git", ".venv")]
+    found = [path for path in tops if path.name == CANARY] + [path for folder in (*folders, *tops) for path in folder.rglob(CANARY)]
+    return [str(path) for path in found]
 
 
 def names(folder: Path, amount: int) -> Iterator[Outcome]:

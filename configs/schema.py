@@ -8,13 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0, lt=2**63)]  # what a 64-bit number holds
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Line = Annotated[str, Field(pattern=r"^\P{Cc}+$")]  # no control characters: it is printed, and may name a file
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
+Switch = BeforeValidator(lambda given: {True: "on", False: "off"}[given] if isinstance(given, bool) else given)  # YAML reads on, off so
 
 
 # what huggingface_hub's file system calls a path; a slash in a revision (refs/pr/4) is written %2F
@@ -40,7 +41,7 @@ class Compute(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU where there is one")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="format of matrix products (autocast); never of the stored weights")
-    compile: Literal["auto", "on", "off"] = Field(
+    compile: Annotated[Literal["auto", "on", "off"], Switch] = Field(
         "auto", description="compile the transformer blocks for training; auto does so on a GPU. The first step then takes up to a minute"
     )
     parallel: Literal["none", "ddp", "fsdp2"] = Field(

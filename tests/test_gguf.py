@@ -47,9 +47,10 @@ def named(path: Path | str) -> Model:
 
 
 @torch.no_grad()
-def test_weights_are_unpacked_into_a_plain_model(tiny_file: Tiny, tmp_path: Path) -> None:
+def test_weights_are_unpacked_into_a_plain_model(tiny_file: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path, original, _ = tiny_file
     model, commit = fetch_pretrained(named(path), tmp_path / "cache", Stop())
+    assert "it/s]" not in capfd.readouterr().err  # a bar of the library, where no terminal is
     assert commit == f"sha256 {file_digest(path)}"
     for (name, found), made in zip(model.named_parameters(), original.parameters(), strict=True):
         packed = ".layers." in name and made.ndim > 1

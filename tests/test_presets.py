@@ -44,6 +44,11 @@ def test_overrides_are_yaml_and_the_last_one_wins() -> None:
     assert config.paths.work == Path("/somewhere")
 
 
+@pytest.mark.parametrize("word", ["off", '"off"', "on", "auto"])
+def test_words_that_yaml_takes_for_truth_values_switch_all_the_same(word: str) -> None:
+    assert load(TINY, [f"compute.compile={word}"]).compute.compile == word.strip('"')
+
+
 def test_configuration_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         load(TINY).training.steps = 3

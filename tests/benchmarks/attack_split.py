@@ -37,7 +37,7 @@ DATA = {
 }
 FLIPS = {"texts": 64, "flips": 4, "longer_texts": 8, "batch_size": 8}
 SECTIONS: dict[str, Mapping[str, object]] = {
-    "compute": {"compile": '"off"'},
+    "compute": {"compile": "off"},
     "model.scratch": SHAPE,
     "training": TRAINING,
     "data": DATA,

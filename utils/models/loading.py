@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, PretrainedConfig, PreTrainedModel
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, PretrainedConfig, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers import logging as transformers_logging
 
 from configs.schema import Compute, Model, Scratch
@@ -23,6 +25,7 @@ from utils.run.preemption import Stop
 from utils.run.trouble import of_machine
 
 transformers_logging.disable_progress_bar()
+modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None)  # its own bar would fill a log that is no terminal
 
 
 def device_of(compute: Compute) -> torch.device:

@@ -61,7 +61,7 @@ STAGE = Stage(
         "resolved_config": "resolved_config.json",
     },
     config_keys=("report", "hotflip", "model.name"),
-    version=3,
+    version=4,
     run=run,
     every_seed=False,
 )

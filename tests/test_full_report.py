@@ -30,7 +30,7 @@ from utils.report.figures import COLOURS, MARKERS, training_curves
 from utils.report.findings import findings
 from utils.report.numbers import Source
 from utils.report.provenance import budget_table
-from utils.report.robustness import WORST
+from utils.report.robustness import OWN, WORST
 from utils.report.study import CONTROLS, Study
 from utils.report.summary import final_results, summary_text
 from utils.report.table import Table
@@ -60,8 +60,10 @@ def rows(inputs: Inputs) -> list[dict[str, Any]]:
     return [row | {"seed": seed} for seed in SEEDS for row in read_rows(inputs[seed]["hotflip_records"])]
 
 
-def worst_rise(rows: list[dict[str, Any]], seed: int, model: str, text: str, budget: int) -> float:
-    mine = [row for row in rows if (row["seed"], row["model"], row["text"]) == (seed, model, text) and row["attack"] != "longer"]
+def worst_rise(rows: list[dict[str, Any]], seed: int, model: str, text: str, budget: int, left_out: str = "longer") -> float:
+    """Without the attacks whose names begin with one of the words left out."""
+    chosen = [row for row in rows if (row["seed"], row["model"], row["text"]) == (seed, model, text)]
+    mine = [row for row in chosen if not row["attack"].startswith(tuple(left_out.split()))]
     searched = [row["nll"][min(budget, len(row["nll"]) - 1)] - row["nll"][0] for row in mine]
     return max(searched + [max(row["random_nll"]) - row["nll"][0] for row in mine if row["attack"] == "hotflip"])
 
@@ -85,6 +87,33 @@ def test_worst_case_by_hand(study: Study, rows: list[dict[str, Any]]) -> None:
         assert made[name].p.value == wilcoxon(difference.mean(axis=0))
         assert made[name].over == EVERY
     assert robustness.rise(study, "noise", WORST).value == pytest.approx(by_hand["noise"].mean())
+
+
+def test_own_searches_by_hand(study: Study, rows: list[dict[str, Any]]) -> None:
+    """The worst case without transfers; there is none where no transfer was tried."""
+    texts, budget = sorted({row["text"] for row in rows}), study.config.hotflip.flips
+    made = robustness.comparisons(study)
+    for name, other in {OWN: "baseline", robustness.own("noise"): "noise", robustness.own("earlier"): "earlier"}.items():
+        ours, theirs = (
+            np.array([[worst_rise(rows, seed, model, text, budget, "longer transfer") for text in texts] for seed in SEEDS])
+            for model in ("monotonic", other)
+        )
+        assert made[name].mean.value == pytest.approx((ours - theirs).mean())
+        assert made[name].over == tuple(kind for kind in EVERY if kind != "transfer")
+    without = robustness.comparisons(replace(study, flips=study.flips[study.flips["attack"] != "transfer"]))
+    assert WORST in without
+    assert not [name for name in without if OWN in name]
+
+
+def test_a_gain_that_transfers_alone_make_is_none(study: Study) -> None:
+    """Every model rises alike under its own searches, and all but the monotonic one by more under others' flips."""
+    level = shifted(study, {})
+    flips = level.flips.assign(rise=0.3 + level.flips["text"].astype("category").cat.codes * 0.001)
+    flips.loc[(flips["attack"] == "transfer") & (flips["model"] != "monotonic"), "rise"] += 0.2
+    found = replace(study, flips=flips)
+    assert said(found, "Against the quality-matched control noise").endswith("more robust: monotonic.")
+    assert [text for text in (each.text for each in findings(found)) if text.startswith("The same without flips")]
+    assert said(found, "The gain").endswith("than what lower quality gives (noise, earlier).")
 
 
 def test_a_longer_attack_counts_at_the_common_budget(study: Study, rows: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.report import quality, robustness, triggers
 from utils.report.numbers import Number
-from utils.report.robustness import WORST, Comparison
+from utils.report.robustness import OWN, WORST, Comparison, own
 from utils.report.study import ARMS, CONTROLS, Study
 from utils.statistics.estimate import reduction_percent
 
@@ -58,6 +58,7 @@ def key_findings(study: Study) -> dict[str, Any]:
         "most_robust_hotflip": flips.mean.verdict(**ROBUST) if flips else None,
         "worst_case_attacks": list(worst.over) if worst else [],
         "worst_case_rise_difference": {name: _numbers(made[name].mean) for name in (WORST, *CONTROLS) if name in made},
+        "own_searches_rise_difference": {each.other: _numbers(each.mean) for each in made.values() if each.attack == OWN},
         "most_robust_worst_case": worst.mean.verdict(**ROBUST) if worst else None,
         "wilcoxon_p": {name: each.p.value for name, each in made.items()},
         "holm_p": robustness.adjusted(study, made),
@@ -144,15 +145,21 @@ def _controls(made: Mapping[str, Comparison]) -> Iterator[Finding]:
             f"{each.mean.verdict('monotonic', each.other)}.",
             tone(each.mean),
         )
+        if alone := made.get(own(each.other)):
+            yield Finding(
+                f"The same without flips found on other models, which fit a control made from the baseline: {alone.mean.text()} nats; more "
+                f"robust: {alone.mean.verdict('monotonic', each.other)}.",
+                tone(alone.mean),
+            )
     if not there:
         yield Finding("No quality-matched control was attacked: a gain in robustness may come from lower quality alone.", OPEN)
     elif WORST in made and tone(made[WORST].mean) == GOOD:
-        yield _explained(there)
+        yield _explained(there, made)
 
 
-def _explained(controls: list[Comparison]) -> Finding:
+def _explained(controls: list[Comparison], made: Mapping[str, Comparison]) -> Finding:
     """Only where the monotonic model is more robust than the baseline."""
-    short = [each.other for each in controls if tone(each.mean) != GOOD]
+    short = [each.other for each in controls if any(tone(one.mean) != GOOD for one in (each, made.get(own(each.other), each)))]
     if short:
         return Finding(f"The gain over the baseline is not shown to be more than what lower quality gives ({', '.join(short)}).", OPEN)
     missing = [name for name in CONTROLS if name not in [each.other for each in controls]]

@@ -14,7 +14,9 @@ from utils.statistics import paired
 from utils.statistics.estimate import Estimate
 
 WORST = "worst_case"
+OWN = "own_searches"  # the worst case without transfers: a control made from the baseline is open to what was found on the baseline
 LONGER = "longer"  # has more than the common budget, on some of the texts: a check of HotFlip, and no part of the worst case
+TRANSFER = "transfer"
 
 
 def kinds(study: Study, *models: str) -> list[str]:
@@ -23,15 +25,17 @@ def kinds(study: Study, *models: str) -> list[str]:
     return [kind for kind in dict.fromkeys(study.flips["attack"]) if all(kind in one for one in made)]
 
 
-def ensemble(study: Study, *models: str) -> list[str]:
+def ensemble(study: Study, *models: str, attack: str = WORST) -> list[str]:
     """Attacks of the common budget made on all of these models. Worst cases are taken over these alone, so that no model is attacked
-    by more means than the one it is compared with."""
-    return [kind for kind in kinds(study, *models) if kind != LONGER]
+    by more means than the one it is compared with. Nothing for an attack that is none of several, or has nothing to leave out."""
+    made = [kind for kind in kinds(study, *models) if kind != LONGER]
+    without = [kind for kind in made if kind != TRANSFER]
+    return {WORST: made, OWN: without if without != made else []}.get(attack, [])
 
 
 def rises(study: Study, model: str, attack: str, over: list[str] | None = None, value: str = "rise") -> pd.DataFrame:
     """(S, texts) rise of each text; for the worst case the largest over the attacks `over`. Of several transfers to a model the largest."""
-    chosen = (over or ensemble(study, model)) if attack == WORST else [attack]
+    chosen = (over or ensemble(study, model)) if attack in (WORST, OWN) else [attack]
     return _largest(study, model, tuple(chosen), value)
 
 
@@ -47,7 +51,7 @@ def rise(study: Study, model: str, attack: str = "hotflip", over: list[str] | No
 
 def transferred_rise(study: Study, model: str, found_on: str) -> Number | None:
     """Rise on `model` of flips that were found on another, or on itself (HotFlip); None where that was not tried."""
-    attack, found = ("hotflip", "") if model == found_on else ("transfer", found_on)
+    attack, found = ("hotflip", "") if model == found_on else (TRANSFER, found_on)
     matrix = study.matrix(study.flips, "text", "rise", {"model": [model], "attack": [attack], "found_on": [found]})
     source = Source("hotflip_records", {"model": (model,), "attack": (f"{attack}:{found}".rstrip(":"),)}, ("nll",))
     return None if matrix.empty else study.mean(matrix, NATS, f"rise under flips found on {found_on}", source)
@@ -86,7 +90,7 @@ def _rate(study: Study, hits: pd.DataFrame, how: str, source: Source) -> Number:
 def success_difference(study: Study, model: str, other: str, attack: str = "hotflip") -> Number:
     """Success rate of `model` minus `other`: Tango's interval for one seed (or seeds that agree on every text, which leave nothing to
     resample), bootstrap over texts and seeds for several."""
-    limit, over = study.config.hotflip.threshold_nats, ensemble(study, model, other)
+    limit, over = study.config.hotflip.threshold_nats, ensemble(study, model, other, attack=attack)
     ours, theirs = _aligned(rises(study, model, attack, over), rises(study, other, attack, over))
     source = _source(attack, over, model, other)
     how = f"rise above {limit:g} nats under {attack}, {model} minus {other}, paired by text"
@@ -121,7 +125,7 @@ class Comparison:
 
     other: str
     attack: str
-    over: tuple[str, ...]  # the attacks of the worst case
+    over: tuple[str, ...]  # the attacks of WORST or OWN
     mean: Number
     shift: Number  # Hodges-Lehmann, seeds averaged by text
     p: Number  # Wilcoxon's, the same data
@@ -129,8 +133,8 @@ class Comparison:
 
 def compare(study: Study, other: str, attack: str) -> Comparison | None:
     """Monotonic against `other`; None where either was not attacked so."""
-    over = ensemble(study, "monotonic", other)
-    if not over if attack == WORST else attack not in kinds(study, "monotonic", other):
+    over = ensemble(study, "monotonic", other, attack=attack)
+    if not over and attack not in kinds(study, "monotonic", other):
         return None
     ours, theirs = _aligned(rises(study, "monotonic", attack, over), rises(study, other, attack, over))
     difference, source = ours - theirs, _source(attack, over, "monotonic", other)
@@ -150,11 +154,17 @@ def compare(study: Study, other: str, attack: str) -> Comparison | None:
 
 @lru_cache(maxsize=1)
 def comparisons(study: Study) -> dict[str, Comparison]:
-    """The headline, the same against each matched control, and each attack by itself against the baseline."""
+    """The headline, the same against each matched control, both without transfers, and each attack by itself against the baseline."""
     wanted = {WORST: ("baseline", WORST)} | {name: (name, WORST) for name in CONTROLS}
+    wanted |= {OWN: ("baseline", OWN)} | {own(name): (name, OWN) for name in CONTROLS}
     wanted |= {kind: ("baseline", kind) for kind in kinds(study, "baseline", "monotonic")}
     made = {name: compare(study, other, attack) for name, (other, attack) in wanted.items()}
     return {name: comparison for name, comparison in made.items() if comparison}
+
+
+def own(control: str) -> str:
+    """The name of the comparison with a matched control without transfers."""
+    return f"{control}, {OWN}"
 
 
 def adjusted(study: Study, made: Mapping[str, Comparison]) -> dict[str, float]:
@@ -171,12 +181,12 @@ def _aligned(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, p
 
 
 def _named(attack: str, over: list[str]) -> str:
-    return f"the worst of {', '.join(over)}" if attack == WORST else attack
+    return f"the worst of {', '.join(over)}" if attack in (WORST, OWN) else attack
 
 
 def _source(attack: str, over: list[str], *models: str) -> Source:
-    used = over if attack == WORST else [attack]
-    stored = dict.fromkeys({"transfer": "transfer:*", RANDOM: "hotflip"}.get(kind, kind) for kind in used)
+    used = over if attack in (WORST, OWN) else [attack]
+    stored = dict.fromkeys({TRANSFER: f"{TRANSFER}:*", RANDOM: "hotflip"}.get(kind, kind) for kind in used)
     fields = ("nll", "random_nll") if RANDOM in used else ("nll",)
     return Source("hotflip_records", {"model": models, "attack": tuple(stored)}, fields)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from utils.report import quality, robustness, triggers
 from utils.report.numbers import Number, P
 from utils.report.provenance import budget_table, training_table
-from utils.report.robustness import WORST
+from utils.report.robustness import OWN, WORST
 from utils.report.study import ARMS, Study
 from utils.report.table import Cell, Table
 from utils.statistics.estimate import Estimate
@@ -77,7 +77,10 @@ def comparison_table(study: Study) -> Table:
                 "success_difference": robustness.success_difference(study, "monotonic", each.other, each.attack),
             }
         )
-    note = f"Below zero the monotonic model rises less. {WORST}: the largest rise of a text over the attacks made on both models."
+    note = (
+        f"Below zero the monotonic model rises less. {WORST}: the largest rise of a text over the attacks made on both models; {OWN}: "
+        "the same without flips found on other models."
+    )
     return Table("comparisons", "Robustness, paired by text", note, rows)
 
 

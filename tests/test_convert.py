@@ -108,8 +108,11 @@ def stored(tmp_path: Path) -> dict[str, Path]:
     return {key: tmp_path / name for key, name in named.items()}
 
 
-def test_a_stored_model_is_converted_certified_and_logged(stored: dict[str, Path], tiny: Experiment) -> None:
+def test_a_stored_model_is_converted_certified_and_logged(
+    stored: dict[str, Path], tiny: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
     log, certificate = convert_stored(tiny, 42, **stored)
+    assert "make monotone: 4/4" in capsys.readouterr().out
     base, model = load_model(stored["base"]), load_model(stored["target"])
     order = Order.load(stored["order_file"])
     falsifiers = certificate.pop("falsifiers")

@@ -23,6 +23,7 @@ from utils.models.loading import compute_dtype, device_of, load_model, save_mode
 from utils.models.orders import Order, choose_order
 from utils.models.starts import input_covariance, start_within
 from utils.run.errors import WorkFailed
+from utils.run.progress import Progress
 
 
 def convert(base: PreTrainedModel, spec: Monotone, calibration: Tensor) -> tuple[PreTrainedModel, Order, dict[str, Any]]:
@@ -110,11 +111,13 @@ def convert_stored(
     """Convert the model in `base` to `target` and `order_file`; return the application log (the reference's fields and ours) and the
     certificate, with the falsifiers' counts under `falsifiers`."""
     device, spec, length = device_of(config.compute), config.monotone, config.data.sequence_length
+    progress = Progress("make monotone", 4)
     original = load_model(base, device)
     calibration = PackedBatches(Tokens(train_tokens), length, seed).batch(0, spec.calibration_sequences)[:, :-1]
     model, order, changes = convert(original, spec, torch.from_numpy(calibration).to(device))
     save_model(model, target)
     order.save(order_file)
+    progress.advance(note="weights converted")
     stored = load_model(target, device)
     certificate = certify(stored, spec.scope, compute_dtype(config.compute), order, original)
     if not certificate["constraint_holds"] and spec.start != "base":
@@ -122,7 +125,9 @@ def convert_stored(
             f"{target}: {certificate['negative_entries']} constrained entries of the converted model are outside "
             f"(smallest margin {certificate['minimum']:.3g}); raise monotone.margin (now {spec.margin:g})"
         )
+    progress.advance(note="certificate made")
     certificate["falsifiers"] = falsify(stored, order)
+    progress.advance(note="falsifiers tried")
     held_out = PackedBatches(Tokens(validation_tokens), length, seed).all_sequences()
     total, ffn = original.num_parameters(), ffn_parameters(original)
     log = {
@@ -142,4 +147,6 @@ def convert_stored(
         "validation_nll_before": mean_nll(original, held_out, config.evaluate.batch_size, config.compute.precision),
         "validation_nll_after": mean_nll(model, held_out, config.evaluate.batch_size, config.compute.precision),
     }
+    progress.advance(note="losses measured")
+    progress.close()
     return log | changes, certificate

@@ -45,11 +45,12 @@ def falsify(model: PreTrainedModel, order: Order, seed: int = 0) -> dict[str, An
         _try_sublayer(ffn, order, draw, counts)
     ids = torch.randint(model.config.vocab_size, SEQUENCES, generator=torch.Generator().manual_seed(seed)).to(model.device)
     calls = block_calls(model, ids)
+    outputs = [_hidden(ffn.block(*inputs, **named)) for ffn, (inputs, named) in zip(sublayers, calls, strict=True)]
     for scale in SCALES:
         push = draw.push(scale)
-        for ffn, (inputs, named) in zip(sublayers, calls, strict=True):
+        for ffn, (inputs, named), output in zip(sublayers, calls, outputs, strict=True):
             pushed_inputs, pushed_named = _replaced(inputs, named, push)
-            counts["block"].add(_hidden(ffn.block(*pushed_inputs, **pushed_named)) - _hidden(ffn.block(*inputs, **named)))
+            counts["block"].add(_hidden(ffn.block(*pushed_inputs, **pushed_named)) - output)
         counts["depth"].add(pushed(model, ids, sublayers[0].block, sublayers[-1].block, push))
     return {"format": str(dtype).removeprefix("torch."), "scales": list(SCALES)} | {name: count.result() for name, count in counts.items()}
 

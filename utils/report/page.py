@@ -15,10 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from utils.report import quality, robustness
 from utils.report.attack_figures import ALT
 from utils.report.examples import examples
-from utils.report.findings import findings, flags, non_inferior, tone
+from utils.report.findings import claim, findings, flags, non_inferior
 from utils.report.numbers import Number
 from utils.report.provenance import machine_table
-from utils.report.robustness import WORST
+from utils.report.robustness import WORST, own
 from utils.report.study import ARMS, CONTROLS, Study
 from utils.report.summary import head
 from utils.report.table import Cell, Table
@@ -77,8 +77,9 @@ def tiles(study: Study) -> list[Tile]:
     made = robustness.comparisons(study)
     for name in (WORST, *CONTROLS):
         if name in made:
-            number = made[name].mean
-            shown.append(Tile(f"Worst-case rise, monotonic − {made[name].other}", number, "nats per token", tone(number)))
+            alone = own(made, name)
+            note = f"nats per token; without transfers {alone.mean.text()}" if alone else "nats per token"
+            shown.append(Tile(f"Worst-case rise, monotonic − {made[name].other}", made[name].mean, note, claim(made, name)))
     return shown
 
 

@@ -35,7 +35,7 @@ def ensemble(study: Study, *models: str, attack: str = WORST) -> list[str]:
 
 def rises(study: Study, model: str, attack: str, over: list[str] | None = None, value: str = "rise") -> pd.DataFrame:
     """(S, texts) rise of each text; for the worst case the largest over the attacks `over`. Of several transfers to a model the largest."""
-    chosen = (over or ensemble(study, model)) if attack in (WORST, OWN) else [attack]
+    chosen = (over or ensemble(study, model, attack=attack)) if attack in (WORST, OWN) else [attack]
     return _largest(study, model, tuple(chosen), value)
 
 
@@ -45,7 +45,7 @@ def _largest(study: Study, model: str, attacks: tuple[str, ...], value: str) -> 
 
 
 def rise(study: Study, model: str, attack: str = "hotflip", over: list[str] | None = None) -> Number:
-    over = over or ensemble(study, model)
+    over = over or ensemble(study, model, attack=attack)
     return study.mean(rises(study, model, attack, over), NATS, f"rise under {_named(attack, over)}", _source(attack, over, model))
 
 
@@ -74,7 +74,7 @@ def curve(study: Study, model: str) -> list[Number]:
 
 def success(study: Study, model: str, attack: str = "hotflip", over: list[str] | None = None) -> Number:
     """Share of the texts whose rise exceeds the threshold common to all models."""
-    limit, over = study.config.hotflip.threshold_nats, over or ensemble(study, model)
+    limit, over = study.config.hotflip.threshold_nats, over or ensemble(study, model, attack=attack)
     matrix = rises(study, model, attack, over) > limit
     return _rate(study, matrix, f"rise above {limit:g} nats under {_named(attack, over)}", _source(attack, over, model))
 
@@ -156,15 +156,15 @@ def compare(study: Study, other: str, attack: str) -> Comparison | None:
 def comparisons(study: Study) -> dict[str, Comparison]:
     """The headline, the same against each matched control, both without transfers, and each attack by itself against the baseline."""
     wanted = {WORST: ("baseline", WORST)} | {name: (name, WORST) for name in CONTROLS}
-    wanted |= {OWN: ("baseline", OWN)} | {own(name): (name, OWN) for name in CONTROLS}
+    wanted |= {OWN: ("baseline", OWN)} | {f"{name}_{OWN}": (name, OWN) for name in CONTROLS}
     wanted |= {kind: ("baseline", kind) for kind in kinds(study, "baseline", "monotonic")}
     made = {name: compare(study, other, attack) for name, (other, attack) in wanted.items()}
     return {name: comparison for name, comparison in made.items() if comparison}
 
 
-def own(control: str) -> str:
-    """The name of the comparison with a matched control without transfers."""
-    return f"{control}, {OWN}"
+def own(made: Mapping[str, Comparison], name: str) -> Comparison | None:
+    """Beside a comparison of worst cases (WORST or the name of a control) the one without transfers; None where none was tried."""
+    return made.get(OWN if name == WORST else f"{name}_{OWN}")
 
 
 def adjusted(study: Study, made: Mapping[str, Comparison]) -> dict[str, float]:

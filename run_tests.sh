@@ -19,9 +19,11 @@ case $kind in
 esac
 choose_python
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
-# Two workers more than cores: tests on a cluster mostly wait.
+# Else every worker, and every process that a test starts, would compile the same files again.
+unset PYTHONDONTWRITEBYTECODE
+# A worker costs the time of its imports. Tests on a cluster mostly wait, the others do not.
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-workers=$((cores + 2))
+workers=$((cores + $(command -v sbatch >/dev/null && echo 2 || echo 1)))
 "$PYTHON" -m pytest -rs -n "$((workers < 8 ? workers : 8))" --dist worksteal "${options[@]+"${options[@]}"}" "$@"
 if [ "$kind" = coverage ]; then
     "$PYTHON" -m coverage json -q -o .coverage.json

@@ -21,6 +21,7 @@ from tests.extended_records import extended
 from tests.fake_slurm import FakeSlurm
 from tests.fake_stages import ROOT, TINY
 from tests.hub_server import Hub
+from tests.keys_read import noting
 from utils.report.attack_figures import figures
 from utils.report.figures import write_figures
 from utils.report.page import write_page
@@ -84,15 +85,22 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> MadeO
 
 
 @pytest.fixture(scope="session")
-def finished(made_once: MadeOnce, tiny: Experiment) -> Path:
-    """Root of a complete run of the tiny experiment (scratch/ and project/). Read it, or copy it with `finished_copy`."""
+def watched_run(made_once: MadeOnce, tiny: Experiment) -> Path:
+    """A complete run of the tiny experiment in `run/`, and in `keys_read/` what each stage read of the configuration."""
 
-    def make(root: Path) -> None:
+    def make(folder: Path) -> None:
+        (folder / "run").mkdir()
         with pytest.MonkeyPatch.context() as patch:
-            place(patch, root)
-            assert run_each(stages(), tiny, tiny.seeds, discard=False) == 0
+            place(patch, folder / "run")
+            assert run_each([noting(stage, tiny, folder / "keys_read") for stage in stages()], tiny, tiny.seeds, discard=False) == 0
 
-    return made_once("finished", make)
+    return made_once("watched_run", make)
+
+
+@pytest.fixture(scope="session")
+def finished(watched_run: Path) -> Path:
+    """Root of a complete run of the tiny experiment (scratch/ and project/). Read it, or copy it with `finished_copy`."""
+    return watched_run / "run"
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ from utils.data import shards
 from utils.data.tokenise import token_cache
 from utils.data.tokenizer import save_tokenizer, train_tokenizer
 from utils.models.loading import save_model, scratch_model
+from utils.report.study import Study
+from utils.report.summary import final_results, summary_text
 from utils.run import patience
 from utils.run.artifacts import inventory, read_json
 from utils.run.errors import InputError, StoppedInTime
@@ -175,8 +177,13 @@ def test_a_cache_that_is_read_only_is_one_message(published: Experiment, small_d
 
 
 def test_fallback_is_said_in_the_results(
-    published: Experiment, hub: Hub, own_folders: Path, stage_folder: Callable[[Path, int], Path]
+    published: Experiment,
+    hub: Hub,
+    own_folders: Path,
+    stage_folder: Callable[[Path, int], Path],
+    finished_records: dict[str, Path],
 ) -> None:
+    """Setup's record says so, and the report of a run with that record."""
     c4 = {split: [f"hf://datasets/allenai/c4/en/{split}.json.gz"] for split in ("train", "validation", "test")}
     content = {"train": TEXTS[:280], "validation": TEXTS[280:360], "test": TEXTS[360:]}
     lines = {split: "".join(json.dumps({"text": text, "url": ""}) + "\n" for text in texts) for split, texts in content.items()}
@@ -184,11 +191,11 @@ def test_fallback_is_said_in_the_results(
     hub.remove("dataset", "monology/pile-uncopyrighted")
     data = published.data.model_dump(mode="json") | {"fallback": c4}
     config = type(published).model_validate_json(json.dumps(published.model_dump(mode="json") | {"data": data}))
-    assert run_each(stages(), config, config.seeds, discard=False) == 0
-    summary = (stage_folder(own_folders, 7) / "experiment_summary.txt").read_text()
+    setup(config)
+    study = Study.load(config, {42: finished_records | {"setup": stage_folder(own_folders, 0) / "setup_complete.json"}})
+    summary = summary_text(study)
     assert "FALLBACK TEXT was used (data.fallback), as the configured text could not be had: dataset monology/pile-uncopyrighted" in summary
-    final = read_json(stage_folder(own_folders, 7) / "final_results.json")
-    assert "no such repository" in final["experiment_info"]["text"]["fallback_because"]
+    assert "no such repository" in final_results(study)["experiment_info"]["text"]["fallback_because"]
 
 
 def test_no_socket_is_opened_after_setup(published: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:

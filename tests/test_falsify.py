@@ -77,15 +77,15 @@ def test_planted_faults_are_found(order_name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama"])
 def test_a_model_that_is_monotone_all_the_way_passes_block_and_depth(kind: str) -> None:
-    """Without attention and sublayers only the residual stream is left, which carries a push through unchanged."""
+    """Without attention and sublayers only the residual stream is left, to which each adds a constant: a push goes through unchanged."""
     model = architecture(kind).double()
     order, last = all_plus(model), feed_forward(model)[-1]
     with torch.no_grad():
-        for ffn in feed_forward(model):
+        for place, ffn in enumerate(feed_forward(model)):
             for chosen in (ffn.out, ffn.attention_out):
                 chosen.weight.zero_()
                 if chosen.bias is not None:
-                    chosen.bias.zero_()
+                    chosen.bias.fill_(10.0 * (-1) ** place)
     change = pushed(
         model.requires_grad_(False),
         IDS,

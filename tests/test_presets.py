@@ -82,6 +82,8 @@ def test_configuration_is_frozen() -> None:
         ("evaluate.stride=33", ["evaluate: expected: stride=33 must be below context=33"]),
         ("evaluate.context=65", ["evaluate.context = 65 exceeds model.scratch.context = 64"]),
         ("data.sequence_length=65", ["data.sequence_length = 65 exceeds"]),
+        ("monotone.scope=gated_all", ["monotone.scope='gated_all'", "expected 'mlp_in', 'mlp_both' or 'mlp_in_attn_out'"]),
+        ("monotone={order: directions, directions: 32}", ["monotone.directions=32, expected fewer than model.scratch.hidden=32"]),
         ("uat.text_tokens=62", ["uat.trigger_length + uat.text_tokens + 1 = 65 exceeds"]),
         ("hotflip.scored_tokens=56", ["hotflip.prefix_tokens + hotflip.scored_tokens + 1 = 65 exceeds"]),
         ("hotflip.flips=9", ["hotflip: expected: flips=9 exceeds prefix_tokens=8"]),

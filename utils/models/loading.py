@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, PretrainedConfig, PreTrainedModel, modeling_gguf_pytorch_utils
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from configs.schema import Compute, Model, Scratch
@@ -25,7 +25,6 @@ from utils.run.preemption import Stop
 from utils.run.trouble import of_machine
 
 transformers_logging.disable_progress_bar()
-modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=None)  # its own bar would fill a log that is no terminal
 
 
 def device_of(compute: Compute) -> torch.device:
@@ -84,6 +83,9 @@ def _read(source: Path | str, **options: Any) -> PreTrainedModel:
 
 def _read_gguf(path: Path) -> PreTrainedModel:
     """The weights of a GGUF file, unpacked into a plain model of its architecture."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    reader.tqdm = partial(tqdm, disable=None)  # its own bar would fill a log that is no terminal
     packed = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     try:
         found = AutoModelForCausalLM.from_pretrained(

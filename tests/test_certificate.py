@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 from configs.schema import Monotone
 from tests.architectures import GATED, PLAIN, VOCABULARY, architecture
 from tests.builders import small_model
+from utils.models.activations import Annealed
 from utils.models.certificate import certify
 from utils.models.constraints import Constraint
 from utils.models.convert import convert
 from utils.models.falsify import falsify
 from utils.models.ffn import feed_forward, set_activation
 from utils.models.orders import Order
+from utils.run.errors import InputError
 
 CALIBRATION = torch.randint(0, 97, (4, 24), generator=torch.Generator().manual_seed(2))
 IDS = torch.randint(0, VOCABULARY, (4, 20), generator=torch.Generator().manual_seed(0))
@@ -64,7 +67,7 @@ def test_an_unconstrained_model_is_not_certified_and_pairs_contradict() -> None:
     assert violations(model) > 1000
 
 
-@pytest.mark.parametrize("planted", [-1e-3, -1e-30, float("nan"), float("-inf")])
+@pytest.mark.parametrize("planted", [-1e-3, -1e-30, float("nan"), float("-inf"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_planted_entry_is_found(planted: float, dtype: torch.dtype) -> None:
     model = converted()
@@ -74,8 +77,65 @@ def test_one_planted_entry_is_found(planted: float, dtype: torch.dtype) -> None:
     assert not certificate["constraint_holds"] and not certificate["ffn_monotone"]
     assert certificate["negative_entries"] == certificate["matrices"][FIRST]["negative"] == 1
     assert [layer["monotone"] for layer in certificate["layers"]] == [True, False]
-    assert certificate["reasons"] == ["the map out of the hidden layer has negative entries"]
+    assert certificate["not_finite_entries"] == (not math.isfinite(planted))
+    found = "negative entries" if math.isfinite(planted) else "entries that are NaN or infinite"
+    assert certificate["reasons"] == [f"the map out of the hidden layer has {found}"]
     json.dumps(certificate, allow_nan=False)
+
+
+def test_a_weight_that_only_the_cast_makes_infinite_is_found() -> None:
+    model = converted()
+    with torch.no_grad():
+        model.get_submodule(FIRST).weight[3, 5] = 3.4e38
+    assert certify(model, "mlp_both", torch.float32)["ffn_monotone"]
+    certificate = certify(model, "mlp_both", torch.bfloat16)
+    assert not certificate["constraint_holds"] and not certificate["ffn_monotone"] and not certificate["monotone_before_gain"]
+    assert certificate["negative_entries"] == certificate["not_finite_entries"] == 1
+
+
+@pytest.mark.parametrize("planted", [float("nan"), float("inf"), float("-inf"), 3.4e38])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (f"{FIRST}.bias", "the bias of the map out of the hidden layer"),
+        ("gpt_neox.layers.1.mlp.dense_h_to_4h.bias", "the bias of the map into the hidden layer"),
+        ("gpt_neox.layers.1.post_attention_layernorm.weight", "the norm's gain"),
+        ("gpt_neox.layers.1.post_attention_layernorm.bias", "the norm's shift"),
+    ],
+)
+def test_a_bias_or_a_norm_that_is_not_finite_is_found(part: str, name: str, planted: float) -> None:
+    model = converted()
+    with torch.no_grad():
+        model.get_parameter(part)[3] = planted
+    certificate = certify(model, "mlp_both", torch.bfloat16)
+    finite = math.isfinite(planted) and "norm" in name  # norms run in fp32
+    assert certificate["constraint_holds"] and certificate["ffn_monotone"] is finite
+    assert certificate["reasons"] == ([] if finite else [f"{name} has entries that are NaN or infinite"])
+    assert finite or not certificate["monotone_before_gain"]
+    json.dumps(certificate, allow_nan=False)
+
+
+def test_what_is_still_annealed_is_not_certified() -> None:
+    """With weights within the constraint and activations that do not fall, so that nothing else denies it."""
+    model = converted()
+    model.gpt_neox.layers[1].mlp.act = Annealed(torch.nn.ReLU(), torch.nn.ReLU())
+    certificate = certify(model, "mlp_both", torch.float32)
+    assert certificate["constraint_holds"] and not certificate["ffn_monotone"]
+    assert certificate["reasons"] == ["the activation is still being annealed"]
+    gated, order, _ = convert(architecture("llama"), _spec("unit_signs", "llama"), IDS)
+    assert certify(gated, "gated_all", torch.float32, order)["ffn_monotone"]
+    feed_forward(gated)[0].into[1].module.slope = torch.ones(())
+    certificate = certify(gated, "gated_all", torch.float32, order)
+    assert certificate["constraint_holds"] and not certificate["ffn_monotone"]
+    assert certificate["reasons"] == ["the relu beside the gate is still being annealed, and may give negative numbers"]
+
+
+@pytest.mark.parametrize("kind", ["all_plus", "unit_signs"])
+def test_an_order_whose_axes_are_not_of_its_kind_is_refused(kind: str) -> None:
+    model, order, _ = convert(small_model(), _spec(kind, "gpt_neox"), CALIBRATION)
+    order.axes[4] = -1.0
+    with pytest.raises(InputError, match=rf"order: found 1 axes of '{kind}' that are not \+1, expected none; .*run stage 1 again"):
+        certify(model, "mlp_both", torch.float32, order)
 
 
 def test_the_weight_that_runs_is_inspected_not_its_parameter() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,27 @@ def test_an_order_of_another_variant_is_refused() -> None:
     with pytest.raises(InputError, match=r"it belongs to another variant"):
         check_order(short, model, spec("balanced"))
     check_order(all_plus(model), model, spec("all_plus"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "found"),
+    [
+        ("all_plus", lambda axes, units: axes[2:4].neg_(), r"found 2 axes of 'all_plus' that are not \+1, expected"),
+        ("unit_signs", lambda axes, units: axes[2].neg_(), r"found 1 axes of 'unit_signs' that are not \+1, expected"),
+        ("unit_signs", lambda axes, units: units[3].zero_(), r"found 1 units of 'unit_signs' that are not \+1 or -1"),
+        ("balanced", lambda axes, units: axes[2].mul_(2), r"found 1 axes of 'balanced' that are not \+1 or -1"),
+        ("balanced", lambda axes, units: units[:5].fill_(torch.nan), r"found 5 units of 'balanced' that are not \+1 or -1"),
+        ("directions", lambda axes, units: axes[3, 1].fill_(torch.nan), r"found directions whose lengths, .* are off by nan, expected"),
+        ("directions", lambda axes, units: axes[:, 1].copy_(axes[:, 0]), r"found directions whose lengths, .* are off by 1, expected"),
+        ("directions", lambda axes, units: axes.mul_(0.5), r"found directions whose lengths, .* are off by 0.75, expected"),
+        ("directions", lambda axes, units: axes[:, 2].fill_(0.25), r"found directions whose lengths, .* are off by 4, expected"),
+        ("directions", lambda axes, units: units[1].zero_(), r"found 1 units of 'directions' that are not \+1 or -1"),
+    ],
+)
+def test_an_order_that_is_none_is_refused(kind: str, change: Callable[[Tensor, Tensor], None], found: str) -> None:
+    model = small_model()
+    order, _ = choose_order(model, spec(kind), drawn(16, 16) @ drawn(16, 16).T)
+    check_order(order, model, spec(kind))
+    change(order.axes, next(iter(order.units.values()), order.axes))
+    with pytest.raises(InputError, match=rf"order: {found}.*run stage 1 again"):
+        check_order(order, model, spec(kind))

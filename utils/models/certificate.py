@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from utils.models.activations import decreases, negative_outputs
+from utils.models.activations import Annealed, decreases, negative_outputs
 from utils.models.ffn import FFN, Map, activation_name, constrained_weights, feed_forward
 from utils.models.gated import Rectified
 from utils.models.lift import lifted_control
-from utils.models.orders import Order, all_plus
+from utils.models.orders import Order, all_plus, check_axes
 
 Range = tuple[Tensor, Tensor]
-WORST = -3e38  # stands for NaN, which no comparison would find
+WORST = -3e38  # stands for NaN and infinite entries, which no comparison would find
 WORDS = {
     "all_plus": "product order: every residual coordinate",
     "unit_signs": "product order: every residual coordinate (a sign for each hidden unit)",
@@ -30,16 +30,18 @@ def certify(
 ) -> dict[str, Any]:
     """Certificate in `order` (None: the product order) of a model whose matrix products run in `dtype`.
 
-    `constraint_holds`: every matrix in the scope, cast to `dtype`, has no entry against the order's and its unit's sign (or NaN).
+    `constraint_holds`: every matrix in the scope, cast to `dtype`, is finite and has no entry against the order's and its unit's sign.
     `ffn_monotone`: every sublayer N is non-decreasing in the order on all of R^d, its own input x (behind the norm and its gain).
     Sufficient and checked exactly: each hidden unit has a sign t for which t times what it reads and t times what it writes is nowhere
     negative along the order's axes, and the activation is non-decreasing in the implementation that runs. With a gate also: up is
-    constrained, and neither factor is ever negative.
+    constrained, and neither factor is ever negative. Weights, biases and the norm are finite, and nothing is being annealed.
     `monotone_before_gain`: the same for the normalised vector, before the norm's gain. `monotone_before_norm` is never claimed.
     `vacuous`: the unconstrained `base`, given the same activation and rewritten without a change of its function (`lift`), passes the
     same test, so that the test by itself restricts nothing. None where no base was given, or nothing holds that could be vacuous.
+    Raises InputError if the order is none (`check_axes`).
     """
-    order = order or all_plus(model)
+    order = (order or all_plus(model)).to(model.device)
+    check_axes(order)
     own = _tests(model, scope, dtype, order)
     found: dict[str, Any] = {
         "constraint_holds": own["constraint_holds"],
@@ -89,6 +91,7 @@ def _tests(model: PreTrainedModel, scope: str, dtype: torch.dtype, order: Order)
         "ffn_monotone": all(layer["monotone"] for layer in layers),
         "minimum": min(facts["minimum"] for facts in scoped.values()),
         "negative_entries": sum(facts["negative"] for facts in scoped.values()),
+        "not_finite_entries": sum(facts["not_finite"] for facts in scoped.values()),
         "entries": sum(facts["entries"] for facts in scoped.values()),
         "reasons": sorted({reason for layer in layers for reason in layer["reasons"]}),
         "matrices": scoped,
@@ -110,10 +113,12 @@ class _Falls:
 
 
 def _range(chosen: Map, dtype: torch.dtype, order: Order, gain: Tensor | None = None) -> Range:
-    """(m,), (m,): for each unit the margin of its entries along the order's axes with sign plus (their minimum) and with minus; NaN
-    stays NaN. From the weight that runs."""
+    """(m,), (m,): for each unit the margin of its entries along the order's axes with sign plus (their minimum) and with minus; both
+    NaN where an entry is NaN or infinite. From the weight that runs."""
     entries = _cast(chosen, dtype, order, gain)
-    return entries.amin(dim=1).double(), -entries.amax(dim=1).double()  # five times as fast as torch.aminmax on a CPU
+    plus, minus = entries.amin(dim=1).double(), -entries.amax(dim=1).double()  # five times as fast as torch.aminmax on a CPU
+    broken = 0.0 * plus + 0.0 * minus  # zero, or NaN: zero times infinity
+    return plus + broken, minus + broken
 
 
 def _cast(chosen: Map, dtype: torch.dtype, order: Order, gain: Tensor | None = None) -> Tensor:
@@ -125,14 +130,16 @@ def _cast(chosen: Map, dtype: torch.dtype, order: Order, gain: Tensor | None = N
 
 
 def _facts(chosen: Map, dtype: torch.dtype, order: Order, own: Range) -> dict[str, Any]:
-    """Entries, how many are against the order's and their unit's sign (NaN too), and the smallest one, with the sign plus for right."""
+    """Entries, how many are against the order's and their unit's sign or not finite, how many the latter, and the smallest one, with
+    the sign plus for right (WORST if one is not finite)."""
     sign = order.sign(chosen)
     margins = torch.where(sign[:, 0] > 0, *own)
-    entries, negative = len(margins) * order.size, 0
+    entries, negative, not_finite = len(margins) * order.size, 0, 0
     if not bool((margins >= 0).all()):
         signed = _cast(chosen, dtype, order) * sign.to(dtype)
-        negative = entries - int((signed >= 0).sum())
-    return {"entries": entries, "negative": negative, "minimum": _smallest(margins)}
+        finite = signed.isfinite()
+        negative, not_finite = entries - int(((signed >= 0) & finite).sum()), entries - int(finite.sum())
+    return {"entries": entries, "negative": negative, "not_finite": not_finite, "minimum": _smallest(margins)}
 
 
 def _smallest(entries: Tensor) -> float:
@@ -141,13 +148,17 @@ def _smallest(entries: Tensor) -> float:
 
 def _layer(ffn: FFN, dtype: torch.dtype, order: Order, activation_falls: _Falls, ranges: list[Range]) -> dict[str, Any]:
     falls, deepest, negative = activation_falls(ffn.activation, ffn.out.weight.device)
-    reasons, gain = [], ffn.gain().detach()
+    reasons, gain = _not_finite(ffn, dtype), ffn.gain().detach()
+    if isinstance(ffn.activation, Annealed):
+        reasons.append("the activation is still being annealed")
     if falls:
         reasons.append(f"the activation {type(ffn.activation).__name__} decreases ({falls} places, by up to {deepest:.3g})")
     if ffn.gated and negative:
         reasons.append(f"the gate {type(ffn.activation).__name__} may be negative, which reverses what it multiplies")
     if ffn.gated and not isinstance(ffn.into[1].module, Rectified):
         reasons.append("the map beside the gate may give negative numbers, which reverses the gate")
+    elif ffn.gated and ffn.into[1].module.slope is not None:
+        reasons.append("the relu beside the gate is still being annealed, and may give negative numbers")
     plus, minus = (torch.stack(side, dim=1) for side in zip(*ranges, strict=True))  # (m, maps): margins of the units, t = +1 and t = -1
     margins = torch.maximum(plus.amin(dim=1), minus.amin(dim=1))
     wrong = int((~(margins >= 0)).sum())
@@ -164,15 +175,42 @@ def _layer(ffn: FFN, dtype: torch.dtype, order: Order, activation_falls: _Falls,
         "smallest_margin": _smallest(margins),
         "activation_decreases": falls,
         "mean_subtracting_norm": isinstance(ffn.norm, nn.LayerNorm),
-        "smallest_norm_gain": float(gain.min()),
+        "smallest_norm_gain": _smallest(gain),
     }
 
 
-def _where(ffn: FFN, plus: Tensor, minus: Tensor) -> list[str]:
-    """Which maps have entries of both signs in one unit; if none has, the maps of a unit contradict each other."""
-    mixed = (~(torch.maximum(plus, minus) >= 0)).any(dim=0).tolist()
+def _places(ffn: FFN) -> list[str]:
+    """Words for `ffn.maps`."""
     places = ["into", "out of"] if not ffn.gated else ["into the gate of", "beside the gate into", "out of"]
-    named = [f"the map {place} the hidden layer has negative entries" for place, found in zip(places, mixed, strict=True) if found]
+    return [f"the map {place} the hidden layer" for place in places]
+
+
+def _not_finite(ffn: FFN, dtype: torch.dtype) -> list[str]:
+    """Which biases (cast to `dtype`), and whether the norm's gain or shift, have entries that are NaN or infinite."""
+    names, vectors = [], []
+    for place, chosen in zip(_places(ffn), ffn.maps, strict=True):
+        if chosen.bias is not None:
+            names.append(f"the bias of {place}")
+            vectors.append(chosen.bias.to(dtype))
+    for name, vector in (("gain", ffn.gain_parameter), ("shift", ffn.shift_parameter)):
+        if vector is not None:
+            names.append(f"the norm's {name}")
+            vectors.append(vector)
+    if not vectors:
+        return []
+    finite = torch.stack([vector.isfinite().all() for vector in vectors]).tolist()  # the device is waited for once
+    return [f"{name} has entries that are NaN or infinite" for name, fine in zip(names, finite, strict=True) if not fine]
+
+
+def _where(ffn: FFN, plus: Tensor, minus: Tensor) -> list[str]:
+    """Which maps have entries that are not finite or of both signs in one unit; if none has, the maps of a unit contradict each other."""
+    best, named = torch.maximum(plus, minus), []
+    broken, mixed = best.isnan().any(dim=0).tolist(), (best < 0).any(dim=0).tolist()
+    for place, is_broken, is_mixed in zip(_places(ffn), broken, mixed, strict=True):
+        if is_broken:
+            named.append(f"{place} has entries that are NaN or infinite")
+        if is_mixed:
+            named.append(f"{place} has negative entries")
     return named or ["the maps into and out of the hidden layer have negative entries: opposite signs in one unit"]
 
 

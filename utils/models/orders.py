@@ -31,6 +31,8 @@ from utils.run.errors import InputError
 
 BF16_ROUNDING = 2.0**-9  # largest relative error of rounding to the nearest bf16 number
 ROUNDS = 50  # of the alternation; it stops by itself after about ten
+ORTHONORMAL = 1e-6  # largest error of lengths, angles and sums of directions, which are computed in fp64
+_AGAIN = "its file is damaged, run stage 1 again"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def projected(
 
 
 def check_order(order: Order, model: PreTrainedModel, spec: Monotone) -> None:
-    """Raise InputError if an order is not the configured one, or is for a model of another shape."""
+    """Raise InputError if an order is not the configured one, is for a model of another shape, or is none (`check_axes`)."""
     if order.kind != spec.order:
         raise InputError(f"monotone.order: found a model converted to {order.kind!r}, expected {spec.order!r}; run stage 1 again")
     sublayers = feed_forward(model)
@@ -139,6 +141,34 @@ def check_order(order: Order, model: PreTrainedModel, spec: Monotone) -> None:
             f"order: found axes of shape {tuple(order.axes.shape)} and {len(stored)} sublayers, expected {shape} and the {len(units)} "
             "sublayers of the model; it belongs to another variant, run stage 1 again"
         )
+    check_axes(order)
+
+
+@torch.no_grad()
+def check_axes(order: Order) -> None:
+    """Raise InputError if the axes and units of an order are not what its kind says: signs +1 or -1 (+1 for all axes of `all_plus` and
+    `unit_signs`, and for units of `all_plus`), or directions that are orthonormal and have mean zero."""
+    axes, kind, units = order.axes, order.kind, list(order.units.values())
+    if order.rotated != (kind == "directions"):
+        raise InputError(
+            f"order: found axes of shape {tuple(axes.shape)} for {kind!r}, expected (d, k) for 'directions' and else (d,); {_AGAIN}"
+        )
+    if order.rotated:
+        error = max(float((axes.T @ axes - torch.eye(order.size).to(axes)).abs().max()), float(axes.sum(dim=0).abs().max()))
+        if not error <= ORTHONORMAL:
+            raise InputError(
+                f"order: found directions whose lengths, angles or sums are off by {error:.3g}, expected finite orthonormal ones of mean "
+                f"zero, to {ORTHONORMAL:g}; {_AGAIN}"
+            )
+    else:
+        _check_signs("axes", axes, plus=kind in ("all_plus", "unit_signs"), kind=kind)
+    if units:
+        _check_signs("units", torch.cat(units), plus=kind == "all_plus", kind=kind)
+
+
+def _check_signs(what: str, signs: Tensor, *, plus: bool, kind: str) -> None:
+    if wrong := int(((signs if plus else signs.abs()) != 1).sum()):
+        raise InputError(f"order: found {wrong} {what} of {kind!r} that are not {'+1' if plus else '+1 or -1'}, expected none; {_AGAIN}")
 
 
 def all_plus(model: PreTrainedModel) -> Order:

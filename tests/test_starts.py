@@ -32,6 +32,22 @@ def test_least_squares_into_the_hidden_layer_is_nnls() -> None:
     assert bool((found >= 0).all())
 
 
+@pytest.mark.parametrize("size", [1e-8, 1e-14, 1e-24])
+def test_least_squares_does_not_depend_on_the_size_of_the_inputs(size: float) -> None:
+    x, weight = drawn(200, 6, seed=1) @ drawn(6, 6, seed=2), drawn(4, 6, seed=3)
+    inner = x.T @ x / 200
+    expected = nearest(inner, inner @ weight.T, PLUS, torch.ones(4, 1), weight)
+    found = nearest(size * inner, size * inner @ weight.T, PLUS, torch.ones(4, 1), weight)
+    assert torch.allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-34])
+def test_least_squares_on_inputs_that_do_not_vary_is_the_projected_start(size: float) -> None:
+    x, weight = drawn(200, 6, seed=1), drawn(4, 6, seed=3)
+    inner = size * x.T @ x / 200
+    assert torch.equal(nearest(inner, inner @ (weight + 1).T, PLUS, torch.ones(4, 1), weight), weight.clamp(min=0))
+
+
 def test_least_squares_out_of_the_hidden_layer_is_nnls_and_ignores_the_mean_if_told() -> None:
     hidden, weight = (drawn(300, 4, seed=1) + drawn(300, 1, seed=2)).relu(), drawn(4, 6, seed=3)
     target = hidden @ weight

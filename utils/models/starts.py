@@ -15,6 +15,7 @@ from utils.models.lift import lift
 from utils.models.orders import Order, projected
 
 ITERATIONS = 300  # of accelerated projected gradient
+NEGLIGIBLE = 1e-30  # variance of all inputs together below which they count as constant: rounding of means in fp64 leaves as much
 
 
 @torch.no_grad()
@@ -141,10 +142,13 @@ def nearest(
     Teboulle 2009), from `start` (m, d), in fp64.
 
     An into-map reads x: inner = E x x^T (d, d), cross = E x z^T (d, m), z the wanted pre-activations. An out-map (`to_outputs`) reads
-    the hidden units a: inner = E a a^T (m, m), cross = E a y^T (m, d); with `centred` errors along all-ones do not count.
+    the hidden units a: inner = E a a^T (m, m), cross = E a y^T (m, d); with `centred` errors along all-ones do not count. Inputs that
+    do not vary say nothing: the projected start is returned.
     """
-    step = 1.0 / _largest_eigenvalue(inner)
     weight = projected(order, start, sign.double(), margin=margin)
+    if inner.trace() <= NEGLIGIBLE:
+        return weight
+    step = 1.0 / _largest_eigenvalue(inner)
     ahead, momentum = weight, 1.0
     for _ in range(ITERATIONS):
         error = inner @ ahead - cross if to_outputs else ahead @ inner - cross.T
@@ -158,8 +162,10 @@ def nearest(
 
 
 def _largest_eigenvalue(inner: Tensor) -> Tensor:
-    """Of a positive semidefinite matrix (n, n), a little above: power iteration, since a decomposition of 8192 x 8192 takes minutes."""
+    """Of a positive semidefinite matrix (n, n), not zero, a little above: power iteration, since a decomposition of 8192 x 8192 takes
+    minutes."""
     vector = torch.randn(len(inner), 1, generator=torch.Generator().manual_seed(0), dtype=inner.dtype).to(inner.device)
     for _ in range(100):
-        vector = torch.nn.functional.normalize(inner @ vector, dim=0)
-    return 1.05 * torch.linalg.vector_norm(inner @ vector).clamp(min=1e-30)
+        vector = inner @ vector
+        vector = vector / torch.linalg.vector_norm(vector)  # normalize() would shrink a vector below its eps to nothing
+    return 1.05 * torch.linalg.vector_norm(inner @ vector)

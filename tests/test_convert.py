@@ -18,8 +18,8 @@ from utils.models.certificate import certify
 from utils.models.convert import convert, convert_stored
 from utils.models.falsify import falsify
 from utils.models.loading import load_model, save_model
-from utils.models.orders import Order
-from utils.run.errors import InputError
+from utils.models.orders import Order, all_plus
+from utils.run.errors import InputError, WorkFailed
 
 CALIBRATION = torch.randint(0, VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(0))
 MAPS = [f"gpt_neox.layers.{layer}.mlp.{part}" for layer in range(2) for part in ("dense_h_to_4h", "dense_4h_to_h")]
@@ -140,3 +140,32 @@ def test_a_base_with_nan_is_not_passed_on(stored: dict[str, Path], tiny: Experim
     save_model(broken, stored["base"])
     with pytest.raises(InputError, match=rf"model: {MAPS[1]}.weight has 1 entries that are NaN or infinite, expected none"):
         convert_stored(tiny, 42, **stored)
+
+
+def test_a_weight_that_the_format_cannot_hold_is_called_not_finite(stored: dict[str, Path], tiny: Experiment) -> None:
+    huge = small_model()
+    with torch.no_grad():
+        huge.get_submodule(MAPS[1]).weight[0, 0] = 3.4e38
+    save_model(huge, stored["base"])
+    config = with_settings(tiny, {"recentre": False})
+    with pytest.raises(
+        WorkFailed, match=r"target: 1 constrained entries .* are not finite in bfloat16, expected none; look for huge"
+    ) as caught:
+        convert_stored(config, 42, **stored)
+    assert "margin" not in str(caught.value)
+
+
+def test_a_margin_is_the_cure_for_directions_alone(stored: dict[str, Path], tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_settings(tiny, {"order": "directions", "directions": 5, "margin": 0.0})
+    with pytest.raises(WorkFailed, match=r"target: \d+ constrained entries .* are outside .*; raise monotone.margin \(now 0\)"):
+        convert_stored(config, 42, **stored)
+    monkeypatch.setattr(convert_module, "convert", lambda base, spec, ids: (base, all_plus(base), {}))
+    with pytest.raises(WorkFailed, match=r"target: \d+ constrained entries .* are outside .*, expected none; this is a fault of") as caught:
+        convert_stored(with_settings(tiny, {}), 42, **stored)
+    assert "monotone.margin" not in str(caught.value)
+
+
+def with_settings(config: Experiment, monotone: dict) -> Experiment:
+    """`config` with these settings of the constraint, running in bf16."""
+    compute = config.compute.model_copy(update={"precision": "bf16"})
+    return config.model_copy(update={"monotone": Monotone.model_validate(monotone), "compute": compute})

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.schema import Experiment, Monotone
+from tests.architectures import architecture
 from tests.builders import VOCABULARY, small_model, token_folder
 from utils.data.tokens import Tokens
 from utils.models import convert as convert_module
 from utils.models.certificate import certify
 from utils.models.convert import convert, convert_stored
 from utils.models.falsify import falsify
+from utils.models.ffn import feed_forward
 from utils.models.loading import load_model, save_model
 from utils.models.orders import Order, all_plus
 from utils.run.errors import InputError, WorkFailed
@@ -63,6 +65,35 @@ def test_recentred_means_equal_the_base_ones(options: dict) -> None:
     assert log["bias_shift"] == pytest.approx(
         {name: float(bias.double().square().mean().sqrt()) for name, bias in biases.items()}, rel=1e-4
     )
+
+
+@pytest.mark.parametrize("start", ["clamp", "least_squares"])
+def test_recentred_means_of_a_rectified_model_are_those_in_front_of_its_relus(start: str) -> None:
+    """Every map's x W^T + b, computed by hand from what the finished model feeds it; `again` starts from a rectified model."""
+    ids = torch.randint(0, 53, (6, 32), generator=torch.Generator().manual_seed(0))
+    spec = Monotone.model_validate({"scope": "gated_all", "activation": "drelu", "start": start})
+
+    def linear_means(model: PreTrainedModel) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+
+        def see(name: str, weight: Tensor, bias: Tensor) -> object:
+            return lambda module, inputs: found.update({name: (inputs[0] @ weight.T + bias).double().mean(dim=(0, 1))})
+
+        maps = [chosen for ffn in feed_forward(model) for chosen in ffn.maps]
+        handles = [chosen.module.register_forward_pre_hook(see(chosen.name, chosen.weight, chosen.bias)) for chosen in maps]
+        with torch.no_grad():
+            model(ids)
+        for handle in handles:
+            handle.remove()
+        return found
+
+    base = architecture("llama", mlp_bias=True)
+    model, _, log = convert(base, spec, ids)
+    again, _, _ = convert(model, spec, ids)
+    goal = linear_means(base)
+    assert len(goal) == len(log["bias_shift"]) == 6
+    for network in (model, again):
+        assert max(float((mean - goal[name]).abs().max()) for name, mean in linear_means(network).items()) < 1e-5
 
 
 def test_means_are_recentred_exactly_in_fp64() -> None:

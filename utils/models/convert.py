@@ -17,6 +17,7 @@ from utils.data.tokens import PackedBatches, Tokens
 from utils.models.certificate import certify
 from utils.models.falsify import falsify
 from utils.models.ffn import check_fits, constrained_weights, feed_forward, ffn_parameters, set_activation
+from utils.models.gated import Rectified
 from utils.models.lift import fold_gain
 from utils.models.likelihood import mean_nll
 from utils.models.loading import compute_dtype, device_of, load_model, save_model
@@ -66,7 +67,8 @@ def prepare_gains(model: PreTrainedModel, spec: Monotone) -> None:
 
 @torch.no_grad()
 def recentre(model: PreTrainedModel, base: PreTrainedModel, calibration: Tensor) -> dict[str, float]:
-    """Shift the biases of every feed-forward map so that its mean output equals the base's on the calibration tokens.
+    """Shift the biases of every feed-forward map so that its mean output equals the base's on the calibration tokens; of a rectified map
+    the mean in front of the relu.
 
     One pass over each model: a layer is corrected while the pass goes through it, so later layers see corrected inputs.
     Non-negative weights have a mean, and the shared shift it causes is what ruins a converted model first
@@ -77,16 +79,17 @@ def recentre(model: PreTrainedModel, base: PreTrainedModel, calibration: Tensor)
 
     def remember(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            targets[name] = _mean(output)
+            targets[name] = _mean(_before_relu(module, inputs, output))
 
         return hook
 
     def correct(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            shift = (targets[name] - _mean(output)).to(output.dtype)
+            before = _before_relu(module, inputs, output)
+            shift = (targets[name] - _mean(before)).to(output.dtype)
             module.bias.add_(shift)  # type: ignore[operator]
             shifts[name] = float(shift.double().square().mean().sqrt())
-            return output + shift
+            return (before + shift).relu() if isinstance(module, Rectified) else before + shift
 
         return hook
 
@@ -98,6 +101,11 @@ def recentre(model: PreTrainedModel, base: PreTrainedModel, calibration: Tensor)
             for handle in handles:
                 handle.remove()
     return shifts
+
+
+def _before_relu(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """(..., n) what a map gives, if it is rectified in front of its relu."""
+    return nn.Linear.forward(module, *inputs) if isinstance(module, Rectified) else output
 
 
 def _mean(output: Tensor) -> Tensor:

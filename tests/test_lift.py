@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from configs.schema import Monotone
 from tests.architectures import GATED, PLAIN, VOCABULARY, architecture
+from utils.models.certificate import certify
+from utils.models.convert import convert
 from utils.models.ffn import check_fits, constrained_weights, feed_forward, set_activation
 from utils.models.lift import fold_gain, lift, lifted_control
 from utils.models.orders import Order, all_plus, choose_order
@@ -94,6 +96,17 @@ def test_a_shift_without_a_bias_to_take_it_is_refused() -> None:
         InputError, match=r"monotone.norm_gain: model.decoder.layers.0.fc1 has no bias to fold .*expected 'free' or 'positive'"
     ):
         fold_gain(feed_forward(model)[0])
+
+
+@pytest.mark.parametrize("name", ["all_plus", "balanced"])
+def test_the_control_of_a_model_without_biases_is_lifted_all_the_same(name: str) -> None:
+    base = architecture("opt", enable_bias=False)
+    assert all(ffn.into[0].bias is None and bool(ffn.shift_parameter.any()) for ffn in feed_forward(base))
+    model, order, _ = convert(base, Monotone.model_validate({"order": name, "recentre": False, "norm_gain": "free"}), IDS)
+    certificate = certify(model, "mlp_both", torch.float32, order, base)
+    assert certificate["ffn_monotone"] and certificate["vacuous"] is (name == "all_plus")
+    assert certificate["lifted_base"]["same_function"] and certificate["lifted_base"]["largest_change_nats"] < 1e-9
+    assert all(ffn.into[0].bias is None for network in (base, model) for ffn in feed_forward(network))
 
 
 def test_the_control_is_a_copy_with_the_activation_asked_for() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from utils.models.ffn import FFN, constrained_weights, feed_forward, set_activation
@@ -63,9 +63,17 @@ def _shift(by_unit: Tensor, signs: Tensor) -> Tensor:
     return torch.where(low.isinf(), high.clamp(max=0.0), torch.minimum(low.clamp(min=0.0), torch.maximum(high, low)))
 
 
+def _add_missing_biases(model: PreTrainedModel) -> None:
+    for ffn in feed_forward(model):
+        for chosen in ffn.into:
+            if ffn.shift_parameter is not None and chosen.bias is None:
+                chosen.module.bias = nn.Parameter(chosen.weight.new_zeros(len(chosen.weight)))
+
+
 @torch.no_grad()
 def lifted_control(base: PreTrainedModel, activation: str, scope: str, order: Order) -> tuple[PreTrainedModel, dict[str, float | str]]:
-    """A lifted copy of the unconstrained model, given `activation`, and by how much lifting changed its log-probabilities at most.
+    """A lifted copy of the unconstrained model, given `activation`, and by how much lifting changed its log-probabilities at most. Where
+    a norm has a shift and a map behind it no bias, the copy's map gets one that takes it.
 
     Computed in fp64 (models above EXACT_UP_TO parameters: fp32) on random tokens.
     """
@@ -75,6 +83,7 @@ def lifted_control(base: PreTrainedModel, activation: str, scope: str, order: Or
         set_activation(control, activation)
     control.to(dtype)
     ids = torch.randint(control.config.vocab_size, PROBES, generator=torch.Generator().manual_seed(0)).to(control.device)
+    _add_missing_biases(control)
     before = control(ids, use_cache=False).logits.log_softmax(dim=-1)
     lift(control, scope, order)
     change = float((control(ids, use_cache=False).logits.log_softmax(dim=-1) - before).abs().max())

@@ -14,6 +14,7 @@ from torch import Tensor
 from configs.schema import Monotone
 from tests.architectures import architecture
 from tests.builders import small_model
+from utils.models.convert import convert
 from utils.models.ffn import feed_forward
 from utils.models.orders import Order, all_plus, check_order, choose_order, principal_directions, projected, search_signs
 from utils.run.errors import InputError
@@ -184,3 +185,13 @@ def test_an_order_that_is_none_is_refused(kind: str, change: Callable[[Tensor, T
     change(order.axes, next(iter(order.units.values()), order.axes))
     with pytest.raises(InputError, match=rf"order: {found}.*run stage 1 again"):
         check_order(order, model, spec(kind))
+
+
+def test_directions_of_a_model_whose_activations_overflow_are_refused() -> None:
+    """Its weights are finite, so nothing before refuses it."""
+    model = small_model()
+    with torch.no_grad():
+        for chosen in (chosen for ffn in feed_forward(model) for chosen in ffn.maps):
+            chosen.weight.mul_(1e15)
+    with pytest.raises(InputError, match=r"monotone.order: found sublayer inputs whose covariance is NaN or infinite, expected .*check"):
+        convert(model, spec("directions"), torch.arange(64).reshape(2, 32))

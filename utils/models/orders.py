@@ -203,11 +203,17 @@ def choose_order(model: PreTrainedModel, spec: Monotone, covariance: Tensor | No
 
 
 def principal_directions(covariance: Tensor, count: int) -> Tensor:
-    """covariance (d, d) -> (d, count) orthonormal in fp64, each with mean zero: the leading ones of what is orthogonal to all-ones."""
+    """covariance (d, d) -> (d, count) orthonormal in fp64, each with mean zero: the leading ones of what is orthogonal to all-ones.
+    Raises InputError if the covariance is not finite."""
     covariance, width = covariance.double(), len(covariance)
     mean = torch.full_like(covariance, 1.0 / width)
     centre = torch.eye(width, dtype=torch.float64, device=covariance.device) - mean
     centred = centre @ covariance @ centre - (1.0 + covariance.trace()) * mean  # all-ones comes last, whatever the rank
+    if not bool(centred.isfinite().all()):
+        raise InputError(
+            "monotone.order: found sublayer inputs whose covariance is NaN or infinite, expected finite ones to take directions from; the "
+            "base model's activations overflow: check its weights for huge entries, or choose another order"
+        )
     leading = centre @ torch.linalg.eigh((centred + centred.T) / 2).eigenvectors.flip(1)[:, :count]
     return torch.linalg.qr(leading).Q
 

@@ -194,7 +194,7 @@ def test_a_checkpoint_before_the_bound_has_arrived_is_never_the_best(config: Exp
 
 def test_a_broken_constraint_is_a_failure(config: Experiment, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.models.constraints.Constraint.project", lambda self, *arguments: None)
-    message = r"best: \d+ constrained entries are negative \(minimum -0\.\d+\), expected none after training"
+    message = r"best: \d+ constrained entries are outside \(smallest margin -0\.\d+\), expected none"
     with pytest.raises(WorkFailed, match=message):
         recovered(config, Monotone(), files(stored, tmp_path))
     assert not (tmp_path / "certificate.json").exists()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from configs.schema import Monotone
 from utils.models.activations import Annealed, decreases, negative_outputs
 from utils.models.ffn import FFN, Map, activation_name, constrained_weights, feed_forward
 from utils.models.gated import Rectified
@@ -74,6 +75,21 @@ def _control(
     same_test = all(passes[key] or not own[key] for key in passes)
     vacuous = (bool(facts["same_function"]) and same_test) if any(own[key] for key in passes) else None
     return {"vacuous": vacuous, "lifted_base": facts | passes | {"minimum": theirs["minimum"]}}
+
+
+def outside(certificate: dict[str, Any], spec: Monotone) -> str:
+    """What is wrong with a model whose constraint does not hold, and what to do."""
+    if broken := certificate["not_finite_entries"]:
+        return (
+            f"{broken} constrained entries are not finite in {certificate['dtype']}, expected none; look for huge weights in the base model"
+        )
+    cure = (
+        f"raise monotone.margin (now {spec.margin:g})" if spec.order == "directions" else "this is a fault of the program, please report it"
+    )
+    return (
+        f"{certificate['negative_entries']} constrained entries are outside (smallest margin {certificate['minimum']:.3g}), expected none; "
+        f"{cure}"
+    )
 
 
 def _tests(model: PreTrainedModel, scope: str, dtype: torch.dtype, order: Order) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from configs.schema import Experiment, Monotone
 from utils.data.tokens import PackedBatches, Tokens
-from utils.models.certificate import certify
+from utils.models.certificate import certify, outside
 from utils.models.falsify import falsify
 from utils.models.ffn import check_fits, constrained_weights, feed_forward, ffn_parameters, set_activation
 from utils.models.gated import Rectified
@@ -113,20 +113,6 @@ def _mean(output: Tensor) -> Tensor:
     return output.double().flatten(0, -2).mean(dim=0)
 
 
-def _outside(certificate: dict[str, Any], spec: Monotone) -> str:
-    """What is wrong with a converted model whose constraint does not hold, and what to do."""
-    if broken := certificate["not_finite_entries"]:
-        return (
-            f"{broken} constrained entries of the converted model are not finite in {certificate['dtype']}, expected none; look for huge "
-            "weights in the base model"
-        )
-    cure = f"raise monotone.margin (now {spec.margin:g})" if spec.order == "directions" else "this is a fault of the program, report it"
-    return (
-        f"{certificate['negative_entries']} constrained entries of the converted model are outside (smallest margin "
-        f"{certificate['minimum']:.3g}), expected none; {cure}"
-    )
-
-
 def convert_stored(
     config: Experiment, seed: int, *, base: Path, train_tokens: Path, validation_tokens: Path, target: Path, order_file: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -143,7 +129,7 @@ def convert_stored(
     stored = load_model(target, device)
     certificate = certify(stored, spec.scope, compute_dtype(config.compute), order, original)
     if not certificate["constraint_holds"] and spec.start != "base":
-        raise WorkFailed(f"{target}: {_outside(certificate, spec)}")
+        raise WorkFailed(f"{target}: {outside(certificate, spec)}")
     progress.advance(note="certificate made")
     certificate["falsifiers"] = falsify(stored, order)
     progress.advance(note="falsifiers tried")

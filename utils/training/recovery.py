@@ -12,7 +12,7 @@ import torch
 from configs.schema import Compute, Experiment, Monotone
 from utils.data.tokens import PackedBatches, Tokens
 from utils.models.blocks import compiles
-from utils.models.certificate import certify
+from utils.models.certificate import certify, outside
 from utils.models.constraints import Constraint
 from utils.models.falsify import falsify
 from utils.models.loading import as_teacher, compute_dtype, device_of, load_model, save_model
@@ -147,15 +147,7 @@ def _certify(config: Experiment, constraint: Monotone, files: Files, path: Path)
     model, base = load_model(files.best, device), load_model(files.base, device)
     certificate = certify(model, constraint.scope, compute_dtype(config.compute), order, base)
     if not certificate["constraint_holds"]:
-        cure = (
-            f"raise monotone.margin (now {constraint.margin:g})"
-            if constraint.margin
-            else "this is a fault of the program, please report it"
-        )
-        raise WorkFailed(
-            f"{files.best}: {certificate['negative_entries']} constrained entries are negative (minimum {certificate['minimum']:.3g}), "
-            f"expected none after training; {cure}"
-        )
+        raise WorkFailed(f"{files.best}: {outside(certificate, constraint)}")
     write_json(path, certificate | {"falsifiers": falsify(model, order or all_plus(model))})
 
 

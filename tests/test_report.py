@@ -288,6 +288,16 @@ def test_certificate_in_words(study: Study) -> None:
     assert not any("vacuous" in line for line in findings(other))
 
 
+@pytest.mark.parametrize("kind", ["derivative", "pairs_anywhere", "block"])
+def test_a_certificate_that_falsifiers_refute_is_not_to_be_trusted(kind: str, study: Study) -> None:
+    """What lies between the sublayers is promised by nobody."""
+    stored = study.json[42]["monotonic_certificate"]
+    tried = {**stored["falsifiers"], kind: {"tried": 256, "violated": 1, "deepest": 0.1}}
+    refuted = replace(study, json={42: {**study.json[42], "monotonic_certificate": {**stored, "falsifiers": tried}}})
+    said = [any("Falsifiers refute it" in line for line in findings(one)) for one in (study, refuted)]
+    assert said == [False, kind != "block"]
+
+
 def test_summary_has_the_reference_sections_in_order(real: Study, finished: Path) -> None:
     lines = summary_text(real).splitlines()
     titles = [line for line, under in pairwise(lines) if under and set(under) == {"-"}]

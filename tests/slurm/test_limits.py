@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -28,6 +29,11 @@ Prepare = Callable[..., Checkout]
 LONGER = ("training.steps=40", "training.validate_every=2")  # enough steps to catch a training run between two of them
 BASELINE = "job_2_baseline"
 NO_SIGNAL = {"SBATCH_SIGNAL": "B:CONT@1"}  # a site whose signal does nothing
+LATE = """# Python runs this before anything else: the stage's waits here while the file `late` lies beside this one.
+import os, sys, time
+while sys.orig_argv[-2:-1] == ["job"] and os.path.exists(os.path.join(os.path.dirname(__file__), "late")):
+    time.sleep(0.01)
+"""
 
 # Stages 0, 1 and 3 are complete in all that follows: stage 2 does the work, stage 4 waits for it.
 fast = pytest.mark.parametrize("cluster", [{"speed": 20, "kill_wait": 600}], indirect=True, ids=["fast"])
@@ -47,11 +53,20 @@ def finished(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def submit(checkout: Checkout, seeds: tuple[int, ...] = (42,), variables: dict[str, str] | None = None, **site: object) -> dict[int, str]:
+def late(checkout: Checkout) -> Path:
+    """While this file is there, no stage's Python gets to work."""
+    folder = checkout.root / "start"
+    folder.mkdir(exist_ok=True)
+    return folder / "late"
+
+
+def submit(checkout: Checkout, seeds: tuple[int, ...] = (42,), variables: dict[str, str] | None = None, **site: Any) -> dict[int, str]:
     """Submit stages 2 to 4 on the tests' site with changes; returns {stage: job}."""
     for number in seeds:
         shutil.rmtree(checkout.work / f"seed_{number}" / "stage_2_train_baseline")
-    given = yaml.safe_load((checkout.root / "tests/slurm/site.yaml").read_text()) | site
+    late(checkout).with_name("sitecustomize.py").write_text(LATE)
+    environment = [f"export PYTHONPATH={late(checkout).parent}", *site.pop("environment", [])]
+    given = yaml.safe_load((checkout.root / "tests/slurm/site.yaml").read_text()) | site | {"environment": environment}
     (checkout.root / "site.yaml").write_text(yaml.safe_dump(given))
     settings = [word for setting in LONGER for word in ("--set", setting)]
     chosen = ["--seeds", ",".join(map(str, seeds)), "--from", "2", "--to", "4"]
@@ -140,13 +155,13 @@ def past_limit(cluster: Cluster, checkout: Checkout, job: str, times: int) -> No
     cluster.wait_for(lambda: checkout.log(BASELINE).count("DUE TO TIME LIMIT") == times, 30, "no time limit")
 
 
-def stop_before_it_listens(cluster: Cluster, job: str) -> None:
-    """Send the signal of the time limit to a job whose Python has no handler yet, and so ends of it."""
+def stop_before_it_listens(cluster: Cluster, checkout: Checkout, job: str) -> None:
+    """Send the signal of the time limit to a job whose Python is late (`late`) and has no handler yet, and so ends of it."""
     python = Python(job)
-    with held(cluster, python):
-        assert not python.listens()
-        cluster.call("scancel", "--batch", "--signal=USR1", job)
-        cluster.wait_for(python.asked, 20, "the signal does not reach Python")
+    cluster.wait_for(python.there, 60, f"job {job} starts no Python")
+    assert late(checkout).exists() and not python.listens()
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_for(lambda: not Path(f"/proc/{python.pid}").exists(), 20, "the signal does not end Python")
 
 
 # --- moments of stage 2
@@ -227,19 +242,23 @@ def test_three_time_limits(cluster: Cluster, prepare: Prepare, finished: Path) -
 def test_term_at_the_limit_and_too_many_restarts(cluster: Cluster, prepare: Prepare, finished: Path) -> None:
     """No signal comes before the limit. TERM finds the job on its way out, then at work; both times there is time to come back."""
     checkout = prepare(3)
+    late(checkout).touch()
     jobs = submit(checkout, max_restarts=2, variables=NO_SIGNAL)
     begun(cluster, checkout, 0)
-    stop_before_it_listens(cluster, jobs[2])
+    stop_before_it_listens(cluster, checkout, jobs[2])
+    late(checkout).unlink()
     with held(cluster, Python(jobs[2], "requeue")):
         past_limit(cluster, checkout, jobs[2], 1)
     begun(cluster, checkout, 1)
     set_limit(cluster, jobs[2], 60)
     with held(cluster, Python(jobs[2]), after=partial(training, checkout, 0)):
+        late(checkout).touch()
         past_limit(cluster, checkout, jobs[2], 2)
     begun(cluster, checkout, 2)
     set_limit(cluster, jobs[2], 60)
     assert waits_for(cluster, jobs[4]) == f"afterok:{jobs[2]}"
-    stop_before_it_listens(cluster, jobs[2])
+    stop_before_it_listens(cluster, checkout, jobs[2])
+    late(checkout).unlink()
     assert [cluster.wait(jobs[2]), cluster.wait(jobs[4])] == ["FAILED", "CANCELLED"]
     assert "restarted 2 times, as often as the cluster file allows (max_restarts)" in checkout.log(BASELINE)
 
@@ -255,6 +274,7 @@ def test_stops_without_gain(cluster: Cluster, prepare: Prepare) -> None:
     cluster.hold()
     jobs = submit(checkout, seeds=(42, 7), environment=["while [ -e slow ]; do echo a slow environment; sleep 0.1; done"])
     task, slow = f"{jobs[2]}_0", checkout.root / "slow"
+    late(checkout).touch()
     cluster.call("scancel", f"{jobs[2]}_1")
     slow.touch()
     cluster.release()
@@ -264,7 +284,7 @@ def test_stops_without_gain(cluster: Cluster, prepare: Prepare) -> None:
     slow.unlink()
     begun(cluster, checkout, 1)
     assert waits_for(cluster, f"{jobs[4]}_0").startswith("aftercorr:") and "recovery-train" not in checkout.log(BASELINE)
-    stop_before_it_listens(cluster, task)
+    stop_before_it_listens(cluster, checkout, task)
     assert [cluster.wait(task), cluster.wait(f"{jobs[4]}_0")] == ["FAILED", "CANCELLED"]
     log = checkout.log(BASELINE)
     assert "no work was gained since the last stop" in log and log.count(f"queued again as job {task}\n") == 1
@@ -274,17 +294,18 @@ def test_stops_without_gain(cluster: Cluster, prepare: Prepare) -> None:
 def test_requeue_is_refused(cluster: Cluster, prepare: Prepare) -> None:
     """A job that may not be requeued is followed by another; the jobs behind it wait for that one; the restarts are counted through."""
     checkout = prepare(3)
+    late(checkout).touch()
     jobs = submit(checkout, max_restarts=1)
     cluster.call("scontrol", "update", f"JobId={jobs[2]}", "Requeue=0")
     begun(cluster, checkout, 0)
-    stop_before_it_listens(cluster, jobs[2])
+    stop_before_it_listens(cluster, checkout, jobs[2])
     assert cluster.wait(jobs[2]) == "FAILED"
     (successor,) = set(cluster.states()) - set(jobs.values())
     log = checkout.log(BASELINE)
     assert "does not let a job queue itself again (scontrol: Requested operation is presently disabled" in log
     assert f"job {successor} goes on from here; the waiting jobs {jobs[4]} now wait for it" in log
     assert waits_for(cluster, jobs[4]) == f"afterok:{successor}"
-    stop_before_it_listens(cluster, successor)
+    stop_before_it_listens(cluster, checkout, successor)
     assert [cluster.wait(successor), cluster.wait(jobs[4])] == ["FAILED", "CANCELLED"]
     assert "restarted 1 times, as often as the cluster file allows" in checkout.log(BASELINE) and len(cluster.states()) == 3
 
@@ -293,9 +314,11 @@ def test_requeue_is_refused(cluster: Cluster, prepare: Prepare) -> None:
 def test_requeue_is_forbidden_and_one_of_two_seeds_is_stopped(cluster: Cluster, prepare: Prepare, finished: Path) -> None:
     """The task that is stopped is followed by a task of the same number in another array; the other task and what waits for it go on."""
     checkout = prepare(3, 42, 7)
+    late(checkout).touch()
     jobs = submit(checkout, seeds=(42, 7), requeue=False)
     assert waits_for(cluster, f"{jobs[4]}_0") == waits_for(cluster, f"{jobs[4]}_1") == f"aftercorr:{jobs[2]}_*"
-    stop_before_it_listens(cluster, f"{jobs[2]}_0")
+    stop_before_it_listens(cluster, checkout, f"{jobs[2]}_0")
+    late(checkout).unlink()
     assert cluster.wait(f"{jobs[2]}_0") == "FAILED"
     (successor,) = {job.partition("_")[0] for job in cluster.states()} - set(jobs.values())
     assert waits_for(cluster, f"{jobs[4]}_0") == f"afterok:{successor}_0"

@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.report import quality, robustness, triggers
 from utils.report.numbers import Number
-from utils.report.robustness import WORST, Comparison, own
+from utils.report.robustness import HEADLINES, WORST, Comparison, own
 from utils.report.study import ARMS, CONTROLS, Study
 from utils.statistics.estimate import reduction_percent
 
@@ -58,10 +58,10 @@ def key_findings(study: Study) -> dict[str, Any]:
         "hotflip_success_difference": _numbers(robustness.success_difference(study, *_pair()) if flips else None),
         "most_robust_hotflip": flips.mean.verdict(**ROBUST) if flips else None,
         "worst_case_attacks": list(worst.over) if worst else [],
-        "worst_case_rise_difference": {name: _numbers(made[name].mean) for name in (WORST, *CONTROLS) if name in made},
+        "worst_case_rise_difference": {name: _numbers(made[name].mean) for name in HEADLINES if name in made},
         "most_robust_worst_case": worst.mean.verdict(**ROBUST) if worst else None,
-        "own_searches_rise_difference": {name: _numbers(each.mean) for name in (WORST, *CONTROLS) if (each := own(made, name))},
-        "more_robust_with_and_without_transfers": {name: claim(made, name) == GOOD for name in (WORST, *CONTROLS) if name in made},
+        "own_searches_rise_difference": {name: _numbers(each.mean) for name in HEADLINES if (each := own(made, name))},
+        "more_robust_with_and_without_transfers": {name: claim(made, name) == GOOD for name in HEADLINES if name in made},
         "wilcoxon_p": {name: each.p.value for name, each in made.items()},
         "holm_p": robustness.adjusted(study, made),
         "uat_rise_difference": _numbers(searches),

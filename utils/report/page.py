@@ -18,8 +18,8 @@ from utils.report.examples import examples
 from utils.report.findings import claim, findings, flags, non_inferior
 from utils.report.numbers import Number
 from utils.report.provenance import machine_table
-from utils.report.robustness import WORST, own
-from utils.report.study import ARMS, CONTROLS, Study
+from utils.report.robustness import HEADLINES, own
+from utils.report.study import ARMS, Study
 from utils.report.summary import head
 from utils.report.table import Cell, Table
 from utils.run.artifacts import write_text
@@ -75,7 +75,7 @@ def tiles(study: Study) -> list[Tile]:
         note = f"non-inferior below {math.exp(study.config.report.margin_nats):.3f}"
         shown.append(Tile("Perplexity, monotonic / baseline", quality.perplexity_ratio(study), note, settled))
     made = robustness.comparisons(study)
-    for name in (WORST, *CONTROLS):
+    for name in HEADLINES:
         if name in made:
             alone = own(made, name)
             note = f"nats per token; without transfers {alone.mean.text()}" if alone else "nats per token"

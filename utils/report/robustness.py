@@ -17,6 +17,8 @@ WORST = "worst_case"
 OWN = "own_searches"  # the worst case without transfers: a control made from the baseline is open to what was found on the baseline
 LONGER = "longer"  # has more than the common budget, on some of the texts: a check of HotFlip, and no part of the worst case
 TRANSFER = "transfer"
+OVER_SEVERAL = (WORST, OWN)  # taken over several attacks
+HEADLINES = (WORST, *CONTROLS)  # comparisons of worst cases: with the baseline, and with each matched control
 
 
 def kinds(study: Study, *models: str) -> list[str]:
@@ -35,7 +37,7 @@ def ensemble(study: Study, *models: str, attack: str = WORST) -> list[str]:
 
 def rises(study: Study, model: str, attack: str, over: list[str] | None = None, value: str = "rise") -> pd.DataFrame:
     """(S, texts) rise of each text; for the worst case the largest over the attacks `over`. Of several transfers to a model the largest."""
-    chosen = (over or ensemble(study, model, attack=attack)) if attack in (WORST, OWN) else [attack]
+    chosen = (over or ensemble(study, model, attack=attack)) if attack in OVER_SEVERAL else [attack]
     return _largest(study, model, tuple(chosen), value)
 
 
@@ -155,16 +157,20 @@ def compare(study: Study, other: str, attack: str) -> Comparison | None:
 @lru_cache(maxsize=1)
 def comparisons(study: Study) -> dict[str, Comparison]:
     """The headline, the same against each matched control, both without transfers, and each attack by itself against the baseline."""
-    wanted = {WORST: ("baseline", WORST)} | {name: (name, WORST) for name in CONTROLS}
-    wanted |= {OWN: ("baseline", OWN)} | {f"{name}_{OWN}": (name, OWN) for name in CONTROLS}
+    others = {name: "baseline" if name == WORST else name for name in HEADLINES}
+    wanted = {name: (other, WORST) for name, other in others.items()} | {_own(name): (other, OWN) for name, other in others.items()}
     wanted |= {kind: ("baseline", kind) for kind in kinds(study, "baseline", "monotonic")}
     made = {name: compare(study, other, attack) for name, (other, attack) in wanted.items()}
     return {name: comparison for name, comparison in made.items() if comparison}
 
 
 def own(made: Mapping[str, Comparison], name: str) -> Comparison | None:
-    """Beside a comparison of worst cases (WORST or the name of a control) the one without transfers; None where none was tried."""
-    return made.get(OWN if name == WORST else f"{name}_{OWN}")
+    """Beside a comparison of worst cases (one of HEADLINES) the one without transfers; None where none was tried."""
+    return made.get(_own(name))
+
+
+def _own(name: str) -> str:
+    return OWN if name == WORST else f"{name}_{OWN}"
 
 
 def adjusted(study: Study, made: Mapping[str, Comparison]) -> dict[str, float]:
@@ -181,11 +187,11 @@ def _aligned(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, p
 
 
 def _named(attack: str, over: list[str]) -> str:
-    return f"the worst of {', '.join(over)}" if attack in (WORST, OWN) else attack
+    return f"the worst of {', '.join(over)}" if attack in OVER_SEVERAL else attack
 
 
 def _source(attack: str, over: list[str], *models: str) -> Source:
-    used = over if attack in (WORST, OWN) else [attack]
+    used = over if attack in OVER_SEVERAL else [attack]
     stored = dict.fromkeys({TRANSFER: f"{TRANSFER}:*", RANDOM: "hotflip"}.get(kind, kind) for kind in used)
     fields = ("nll", "random_nll") if RANDOM in used else ("nll",)
     return Source("hotflip_records", {"model": models, "attack": tuple(stored)}, fields)

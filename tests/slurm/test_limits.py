@@ -349,6 +349,7 @@ def test_deadline_without_signal(cluster: Cluster, prepare: Prepare) -> None:
     shorten = "scontrol update JobId=$SLURM_JOB_ID EndTime=$(date -d '+10 seconds' +%FT%T)"
     jobs = submit(checkout, environment=[f'[ -z "${{SLURM_JOB_ID:-}}" ] || {shorten}'], variables=NO_SIGNAL)
     deadline = begun(cluster, checkout, 0) + 8
+    set_limit(cluster, jobs[2], 60)  # the job knows its end by now: SLURM's own TERM is not to come first where Python starts slowly
     with held(cluster, Python(jobs[2]), after=lambda: training(checkout, 0) or time.monotonic() > deadline):  # whatever comes first
         cluster.wait_for(lambda: time.monotonic() > deadline, 10, "time stands still")
     cluster.wait(jobs[2], "PENDING")

@@ -125,7 +125,7 @@ def test_controller_away_and_lost(cluster: Cluster, prepared: Checkout) -> None:
     cluster.stop_controller(signal.SIGKILL)
     began = time.monotonic()
     said = prepared.run_all("--status")
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60  # seconds: it gives up, however busy the machine is
     assert said.startswith("SLURM does not answer (squeue: ") and said.endswith(
         "Next: ask again when SLURM answers: bash run_all.sh --status\n"
     )

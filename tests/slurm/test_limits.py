@@ -81,10 +81,11 @@ def submit(checkout: Checkout, seeds: tuple[int, ...] = (42,), variables: dict[s
 class Python:
     """The process of a job that does the stage ("job") or sees to its return ("requeue")."""
 
-    def __init__(self, job: str, work: str = "job") -> None:
+    def __init__(self, cluster: Cluster, job: str, work: str = "job") -> None:
         array, _, task = job.partition("_")
         self.job = job
         self.marks = {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"} if task else {f"SLURM_JOB_ID={job}"}
+        self.marks |= {f"SLURM_CONF={cluster.conf}"}  # clusters of other tests number their jobs the same
         self.work, self.pid = work, 0
 
     def there(self) -> bool:
@@ -157,7 +158,7 @@ def past_limit(cluster: Cluster, checkout: Checkout, job: str, times: int) -> No
 
 def stop_before_it_listens(cluster: Cluster, checkout: Checkout, job: str) -> None:
     """Send the signal of the time limit to a job whose Python is late (`late`) and has no handler yet, and so ends of it."""
-    python = Python(job)
+    python = Python(cluster, job)
     cluster.wait_for(python.there, 60, f"job {job} starts no Python")
     assert late(checkout).exists() and not python.listens()
     cluster.call("scancel", "--batch", "--signal=USR1", job)
@@ -222,7 +223,7 @@ def test_three_time_limits(cluster: Cluster, prepare: Prepare, finished: Path) -
         since = begun(cluster, checkout, start)
         set_limit(cluster, jobs[2], 60)
         assert waits_for(cluster, jobs[4]) == f"afterok:{jobs[2]}"
-        python = Python(jobs[2])
+        python = Python(cluster, jobs[2])
         with held(cluster, python, partial(moment, checkout), after=partial(training, checkout, start)):
             so_far = int((time.monotonic() - since) * cluster.speed / 60)
             set_limit(cluster, jobs[2], so_far + 11)  # the script wants its signal 10 minutes before
@@ -247,11 +248,11 @@ def test_term_at_the_limit_and_too_many_restarts(cluster: Cluster, prepare: Prep
     begun(cluster, checkout, 0)
     stop_before_it_listens(cluster, checkout, jobs[2])
     late(checkout).unlink()
-    with held(cluster, Python(jobs[2], "requeue")):
+    with held(cluster, Python(cluster, jobs[2], "requeue")):
         past_limit(cluster, checkout, jobs[2], 1)
     begun(cluster, checkout, 1)
     set_limit(cluster, jobs[2], 60)
-    with held(cluster, Python(jobs[2]), after=partial(training, checkout, 0)):
+    with held(cluster, Python(cluster, jobs[2]), after=partial(training, checkout, 0)):
         late(checkout).touch()
         past_limit(cluster, checkout, jobs[2], 2)
     begun(cluster, checkout, 2)
@@ -333,7 +334,7 @@ def test_cancelled(cluster: Cluster, prepare: Prepare) -> None:
     """A job that is cancelled stops like one at its limit, but does not come back."""
     checkout = prepare(3)
     jobs = submit(checkout)
-    python = Python(jobs[2])
+    python = Python(cluster, jobs[2])
     with held(cluster, python, python.listens):
         cluster.call("scancel", jobs[2])
     cluster.wait_for(lambda: "ends with code 75" in checkout.log(BASELINE), 30, "the cancelled job does not end by itself")
@@ -350,7 +351,7 @@ def test_deadline_without_signal(cluster: Cluster, prepare: Prepare) -> None:
     jobs = submit(checkout, environment=[f'[ -z "${{SLURM_JOB_ID:-}}" ] || {shorten}'], variables=NO_SIGNAL)
     deadline = begun(cluster, checkout, 0) + 8
     set_limit(cluster, jobs[2], 60)  # the job knows its end by now: SLURM's own TERM is not to come first where Python starts slowly
-    with held(cluster, Python(jobs[2]), after=lambda: training(checkout, 0) or time.monotonic() > deadline):  # whatever comes first
+    with held(cluster, Python(cluster, jobs[2]), after=lambda: training(checkout, 0) or time.monotonic() > deadline):  # the earlier
         cluster.wait_for(lambda: time.monotonic() > deadline, 10, "time stands still")
     cluster.wait(jobs[2], "PENDING")
     assert waits_for(cluster, jobs[4]) == f"afterok:{jobs[2]}"
@@ -367,7 +368,7 @@ def test_killed_at_the_limit(cluster: Cluster, prepare: Prepare, finished: Path)
 
     second = submitted(checkout.run_all("--resume", "--to", "4", **NO_SIGNAL))
     set_limit(cluster, second[2], 60)
-    with held(cluster, Python(second[2]), after=partial(training, checkout, 0)):
+    with held(cluster, Python(cluster, second[2]), after=partial(training, checkout, 0)):
         past_limit(cluster, checkout, second[2], 2)
     assert [cluster.wait(second[2]), cluster.wait(second[4])] == ["TIMEOUT", "CANCELLED"]
 

@@ -1,5 +1,7 @@
 """Stage 0: text to tokens, the base model, the attack texts. The only stage that may use the network."""
 
+from functools import partial
+
 from stages.pipeline import main
 from utils.run.stage import Context, Stage
 
@@ -10,14 +12,14 @@ def run(ctx: Context) -> None:
     from utils.data.tokenizer import load_tokenizer
     from utils.data.tokens import Tokens
     from utils.evaluation.benchmarks import fetch_benchmarks
-    from utils.models.facts import setup_facts
+    from utils.models.facts import refuse_unsuitable, setup_facts
     from utils.models.loading import device_of
     from utils.run.artifacts import link_or_copy, read_json, write_json
     from utils.training.base import base_cache
 
     device_of(ctx.config.compute)  # refuses a missing GPU before hours of work
     fetch_benchmarks(ctx.config, ctx.folders.cache)
-    tokens = token_cache(ctx.config, ctx.folders.cache, ctx.stop)
+    tokens = token_cache(ctx.config, ctx.folders.cache, ctx.stop, partial(refuse_unsuitable, ctx.config))
     words = load_tokenizer(tokens / "tokenizer")
     sets = write_attack_texts(Tokens(tokens / "tokens" / "attack"), words, ctx.config, ctx.write("attack_texts"))
     base = base_cache(ctx.config, ctx.folders.cache, tokens, ctx.stop)

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from configs.schema import Monotone
 from tests.architectures import GATED, PLAIN, VOCABULARY, architecture
 from tests.builders import small_model
-from utils.models.ffn import activation_name, check_fits, constrained_weights, feed_forward, ffn_parameters, set_activation
+from utils.models.ffn import activation_name, check_finite, check_fits, constrained_weights, feed_forward, ffn_parameters, set_activation
 from utils.models.loading import load_model, save_model
 from utils.run.errors import InputError
 
@@ -168,7 +168,7 @@ def test_weights_with_nan_are_refused_wherever_they_are() -> None:
         model.gpt_neox.layers[1].attention.dense.weight[2, 3] = float("inf")
         model.gpt_neox.layers[1].attention.dense.weight[2, 4] = float("nan")
     with pytest.raises(InputError, match=r"model: gpt_neox.layers.1.attention.dense.weight has 2 entries that are NaN or infinite"):
-        check_fits(model, Monotone.model_validate({}))
+        check_finite(model)
 
 
 def test_an_activation_is_set_in_layers_and_configuration() -> None:

@@ -19,7 +19,8 @@ from stages.pipeline import run_each, stages
 from tests.fake_stages import ROOT, TINY
 from tests.gguf_files import llama, write_gguf
 from utils.data.lengths import refuse_longer
-from utils.data.tokenizer import copy_tokenizer, load_tokenizer, published_identity, train_tokenizer
+from utils.data.published import published_identity
+from utils.data.tokenizer import copy_tokenizer, load_tokenizer, train_tokenizer
 from utils.models.loading import fetch_pretrained, load_model, save_model
 from utils.run.artifacts import file_digest, read_json
 from utils.run.errors import InputError
@@ -27,9 +28,11 @@ from utils.run.folders import Folders
 from utils.run.gguf import gguf_file
 from utils.run.preemption import Stop
 from utils.verify.look import Look
-from utils.verify.published import model_files, sequences, tokenizer
+from utils.verify.published import architecture, model_files, sequences, tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+CHANGES = ("scope=gated_all", "activation=drelu", "parametrisation=annealed", "order=unit_signs", "recentre=false")
+SPEC = [f"monotone.{change}" for change in CHANGES]
 TEXT = "def monotone(x):\n    return max(x, 0)  # größer"
 Tiny = tuple[Path, LlamaForCausalLM, Tokenizer]
 
@@ -107,23 +110,21 @@ def test_a_file_has_no_revisions() -> None:
 
 
 def test_it_is_looked_at_beforehand(tiny_file: Tiny) -> None:
-    config = load(TINY, ["model.source=gguf", f"model.name={tiny_file[0]}", "model.scratch=null"])
+    config = load(TINY, ["model.source=gguf", f"model.name={tiny_file[0]}", "model.scratch=null", *SPEC])
     look = Look(config, Folders.of(config.paths, "x"), "offline", Stop())
     assert model_files(look) == ("ok", f"{tiny_file[0]} is here, 0.00 GB")
     assert tokenizer(look)[0] == "ok"
     assert sequences(look) == ("ok", "of up to 33 tokens, which the model takes")
+    assert architecture(look) == ("ok", "2 feed-forward sublayers of 'llama', which scope 'gated_all' fits")
     with pytest.raises(InputError, match=r"many = 65: expected at most 64, the longest sequence of the base model"):
         refuse_longer(tiny_file[0], {"many": 65})
-
-
-SPEC = ["monotone.scope=gated_all", "monotone.activation=drelu", "monotone.parametrisation=annealed", "monotone.order=unit_signs"]
 
 
 @pytest.mark.integration
 def test_the_stages_take_it_up_to_a_certificate(tiny_file: Tiny, own_folders: Path) -> None:
     """From a GGUF file to a truly monotone gated model, evaluated."""
     model = ["model.source=gguf", f"model.name={tiny_file[0]}", "model.scratch=null", "evaluate.generation_prompts=2"]
-    config = load(TINY, [*model, *SPEC, "monotone.recentre=false", "training.steps=8"])
+    config = load(TINY, [*model, *SPEC, "training.steps=8"])
     assert run_each(stages()[:5], config, config.seeds, discard=False) == 0
     runs = own_folders / "scratch/foundation_llm_work/tiny/seed_42"
     certificate = read_json(runs / "stage_3_train_monotonic/certificate.json")

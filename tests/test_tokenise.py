@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from configs.presets import load
 from configs.schema import Experiment, Files, Model
+from stages.pipeline import stages
 from tests.conftest import TINY
 from tests.tiny_models import random_model
 from utils.data import formats, shards, sources
@@ -30,8 +31,9 @@ from utils.data.tokens import Tokens
 from utils.models.ffn import feed_forward
 from utils.models.loading import load_model, save_model
 from utils.run.artifacts import inventory, read_json
-from utils.run.errors import InputError, StoppedInTime
+from utils.run.errors import REFUSED, InputError, StoppedInTime
 from utils.run.preemption import Stop
+from utils.run.stage import run_stage
 from utils.training.base import base_cache
 
 WORDS = ("what", "a", "monotone", "layer", "maps", "larger", "inputs", "to", "is", "never", "smaller", "in", "any", "coordinate")
@@ -187,13 +189,32 @@ def test_an_id_that_the_model_has_no_embedding_for_is_refused(published: Experim
         base_cache(published, tmp_path / "cache", content, Stop())
 
 
-def test_sequences_that_the_model_does_not_take_are_refused_before_text_is_tokenised(
-    published: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("section", "changed", "kind", "words"),
+    [
+        ("uat", {"text_tokens": 63}, "gpt_neox", "uat.text_tokens + 2 = 65: expected at most 64, the longest sequence of the base model"),
+        ("monotone", {"scope": "gated_all"}, "gpt_neox", "monotone.scope: found 'gated_all', but the sublayers of 'gpt_neox' have no gate"),
+        ("monotone", {"directions": 16}, "gpt_neox", "monotone.directions: found 16, expected at most 15"),
+        ("monotone", {}, "bloom", "model: found architecture 'bloom', expected one of"),
+        ("monotone", {}, "vit", "expected the configuration of a causal language model ("),
+    ],
+)
+def test_a_model_that_does_not_suit_is_refused_before_text_is_tokenised(
+    published: Experiment,
+    section: str,
+    changed: dict,
+    kind: str,
+    words: str,
+    own_folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setattr("utils.data.tokenise.tokenise", lambda *arguments: pytest.fail("tokenised"))
-    long = published.model_copy(update={"uat": published.uat.model_copy(update={"text_tokens": 63})})
-    with pytest.raises(InputError, match=r"uat.text_tokens \+ 2 = 65: expected at most 64, the longest sequence of the base model"):
-        token_cache(long, tmp_path / "cache", Stop())
+    config = published.model_copy(update={section: getattr(published, section).model_copy(update=changed)})
+    if kind != "gpt_neox":
+        Path(published.model.name, "config.json").write_text(json.dumps({"model_type": kind}))
+    assert run_stage(stages()[0], config, 42, stages(), Stop(), discard=False) == REFUSED
+    assert words in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:

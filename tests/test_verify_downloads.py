@@ -34,8 +34,8 @@ STUDY = load("pythia-1.4b")
 assert STUDY.data.files
 PILE = of_entry(STUDY.data.files.test[0])[0]
 NAMES = [
-    *("cache folder", "network", "hub", "token", "disk", "model files", "tokenizer", "sequences", "text files"),
-    *("first rows", "fallback", "benchmarks", "offline use", "small model"),
+    *("cache folder", "network", "hub", "token", "disk", "model files", "tokenizer", "sequences"),
+    *("architecture", "text files", "first rows", "fallback", "benchmarks", "offline use", "small model"),
 ]
 TEXT = "def Monotone(x):\n    return x  # größer, 漢字"
 ROWS = zstandard.compress(b'{"text": "a row", "meta": {"pile_set_name": "Pile-CC"}}\n' * 3)
@@ -187,6 +187,11 @@ FAULTS: dict[str, tuple[str, str, Plant]] = {
         "sequences",
         "data.sequence_length = 2048: expected at most 64, the longest sequence of the base model; lower it",
         lambda hub, files, patch: republish(hub, files | {"config.json": files["config.json"].replace(b": 2048", b": 64")}),
+    ),
+    "unknown architecture": (
+        "architecture",
+        "found architecture 'bloom', expected one of gemma",
+        lambda hub, files, patch: republish(hub, files | {"config.json": b'{"model_type": "bloom", "hidden_size": 64}'}),
     ),
     "text removed": ("text files", "no such repository", lambda hub, files, patch: hub.remove("dataset", PILE.name)),
     "split not there": (

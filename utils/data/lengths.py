@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from configs.schema import Experiment
-from utils.data.tokenizer import read_from
+from utils.data.published import read_config
 from utils.run.errors import InputError
-from utils.run.trouble import of_machine
 
 
 def of_setup(config: Experiment) -> dict[str, int]:
@@ -21,15 +20,7 @@ def refuse_longer(source: Path, needs: Mapping[str, int]) -> None:
 
     GPT-2 and OPT have a table of positions and would fail; others would extrapolate.
     """
-    from transformers import AutoConfig
-
-    try:
-        longest = getattr(AutoConfig.from_pretrained(**read_from(source), trust_remote_code=False), "max_position_embeddings", None)
-    except Exception as error:  # whatever the library raises for what somebody else made
-        if of_machine(error):
-            raise
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{source}: expected a model whose configuration transformers knows ({said}); name another model") from None
+    longest = getattr(read_config(source), "max_position_embeddings", None)
     for key, tokens in needs.items():
         if longest is not None and tokens > longest:
             raise InputError(f"{key} = {tokens}: expected at most {longest}, the longest sequence of the base model; lower it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 from configs.schema import Data, Experiment
 from utils.data.attack_texts import wanted
 from utils.data.encode import Encode, Ids, encoded, encoder
-from utils.data.lengths import of_setup, refuse_longer
+from utils.data.published import published_at, published_identity
 from utils.data.shards import KEY_BYTES, Shards
 from utils.data.sources import SPLITS, Row, Source, TextUnavailable, describe
-from utils.data.tokenizer import copy_tokenizer, load_tokenizer, published_at, published_identity, save_tokenizer, train_tokenizer
+from utils.data.tokenizer import copy_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from utils.data.tokens import Tokens
 from utils.run.artifacts import inventory, left_behind, link_or_copy, remove, write_json, write_sealed
 from utils.run.cache import cached
@@ -53,24 +53,24 @@ class Piece:
     duplicates: int
 
 
-def token_cache(config: Experiment, root: Path, stop: Stop) -> Path:
+def token_cache(config: Experiment, root: Path, stop: Stop, check: Callable[[Path], None] | None = None) -> Path:
     """Folder with tokenizer/, tokens/{test,attack,validation,train}, unigram_counts.npy, counts.json and source.json.
 
     It is built if it is not there. If the hub cannot give the configured text, the configuration's fallback is read instead, and that is
-    said. Raises InputError.
+    said. A published model's folder or GGUF file is given to `check` before any text is read. Raises InputError.
     """
     try:
-        return _cache_of(config, config.data, root, stop, None)
+        return _cache_of(config, config.data, root, stop, check, None)
     except TextUnavailable as error:
         if config.data.fallback is None:
             raise InputError(f"{error}. (data.fallback can name other text to be read in such a case)") from None
         print(f"  WARNING: the configured text cannot be had: {error}", flush=True)
         print(f"  WARNING: data.fallback is read instead: {', '.join(config.data.fallback.train)}", flush=True)
         data = config.data.model_copy(update={"files": config.data.fallback, "fallback": None})
-        return _cache_of(config, data, root, stop, str(error))
+        return _cache_of(config, data, root, stop, check, str(error))
 
 
-def _cache_of(config: Experiment, data: Data, root: Path, stop: Stop, instead: str | None) -> Path:
+def _cache_of(config: Experiment, data: Data, root: Path, stop: Stop, check: Callable[[Path], None] | None, instead: str | None) -> Path:
     """`instead`: why `data` stands in for what was configured."""
     shape, limits = config.model.scratch, _limits(config)
     identity: dict[str, Any] = {"train here": shape.vocabulary} if shape else published_identity(config.model)
@@ -84,7 +84,8 @@ def _cache_of(config: Experiment, data: Data, root: Path, stop: Stop, instead: s
             end_of_text = 0
         else:
             published = published_at(config.model, root, stop)
-            refuse_longer(published, of_setup(config))
+            if check:
+                check(published)
             end_of_text = copy_tokenizer(config.model, published, target / "tokenizer")
         words = load_tokenizer(target / "tokenizer")
         _keep_only_if_made_from({"text": source.origins, "tokenizer": inventory(target / "tokenizer")}, state)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.schema import Model
 from utils.data.encode import parts
+from utils.data.published import read_from
 from utils.run.errors import InputError
-from utils.run.gguf import gguf_file
-from utils.run.hub import model_folder
-from utils.run.preemption import Stop
 from utils.run.trouble import of_machine
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,17 +33,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
     wrapped.save_pretrained(folder)
-
-
-def published_at(model: Model, cache: Path, stop: Stop) -> Path:
-    """The folder of a published model, fetched if need be, or its GGUF file."""
-    return gguf_file(model.name) if model.source == "gguf" else model_folder(model, cache, stop)[0]
-
-
-def read_from(source: Path) -> dict[str, Any]:
-    """What `from_pretrained` is told to read a folder or a GGUF file as it is."""
-    place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name} if source.is_file() else {}
-    return {"pretrained_model_name_or_path": source, "local_files_only": True} | place
 
 
 def copy_tokenizer(model: Model, source: Path, folder: Path) -> int:
@@ -81,12 +67,3 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise InputError(f"{path}: expected a tokenizer of the tokenizers library ({error}); name a model that has one") from None
     tokenizer.encode_special_tokens = True
     return tokenizer
-
-
-def published_identity(model: Model) -> dict[str, Any]:
-    """What identifies a published model, for the cache: name and revision, and for a local folder or file what is there."""
-    folder = Path(model.name)
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    files = [gguf_file(model.name)] if model.source == "gguf" else files
-    local = {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-    return {"name": model.name, "revision": model.revision, "files": local}

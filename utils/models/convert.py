@@ -16,7 +16,7 @@ from configs.schema import Experiment, Monotone
 from utils.data.tokens import PackedBatches, Tokens
 from utils.models.certificate import certify, outside
 from utils.models.falsify import falsify
-from utils.models.ffn import check_fits, constrained_weights, feed_forward, ffn_parameters, set_activation
+from utils.models.ffn import check_finite, check_fits, constrained_weights, feed_forward, ffn_parameters, set_activation
 from utils.models.gated import Rectified
 from utils.models.lift import fold_gain
 from utils.models.likelihood import mean_nll
@@ -34,6 +34,7 @@ def convert(base: PreTrainedModel, spec: Monotone, calibration: Tensor) -> tuple
     function; its constraint arrives in training. Raises InputError if the configuration does not fit the model.
     """
     check_fits(base, spec)
+    check_finite(base)
     model = copy.deepcopy(base)
     prepare_gains(model, spec)
     covariance = input_covariance(model, calibration) if spec.order == "directions" else None

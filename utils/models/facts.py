@@ -9,14 +9,21 @@ import torch
 
 from configs.schema import Experiment
 from utils.data.lengths import of_setup, refuse_longer
-from utils.models.ffn import ffn_parameters
-from utils.models.loading import device_of, load_model
+from utils.models.ffn import check_fits, ffn_parameters
+from utils.models.loading import device_of, load_model, without_weights
 from utils.run.environment import code_revision, host, now, versions
 
 
+def refuse_unsuitable(config: Experiment, source: Path) -> None:
+    """Raise InputError if the model in a folder or a GGUF file takes shorter sequences than setup prepares, or cannot be made monotone
+    in the configured way. What is read is its configuration alone."""
+    refuse_longer(source, of_setup(config))
+    check_fits(without_weights(source), config.monotone)
+
+
 def setup_facts(config: Experiment, seed: int, base: Path) -> dict[str, Any]:
-    """Fields of setup_complete.json. Raises InputError if the configuration needs longer sequences than the base model takes."""
-    refuse_longer(base, of_setup(config))
+    """Fields of setup_complete.json. Raises InputError if the base model does not suit the configuration."""
+    refuse_unsuitable(config, base)
     model = load_model(base)
     total, ffn = model.num_parameters(), ffn_parameters(model)
     facts: dict[str, Any] = {

@@ -217,9 +217,8 @@ def constrained_weights(model: PreTrainedModel, scope: str) -> dict[str, Map]:
     return {chosen.name: chosen for ffn in sublayers for chosen in SCOPES[scope](ffn)}
 
 
-@torch.no_grad()
 def check_fits(model: PreTrainedModel, spec: Monotone) -> None:
-    """Raise InputError if the configured constraint cannot be put on this model, or if its weights are not all finite."""
+    """Raise InputError if the configured constraint cannot be put on this model, which may be without weights (on device `meta`)."""
     sublayers = feed_forward(model)
     constrained_weights(model, spec.scope)
     width = sublayers[0].width
@@ -231,6 +230,11 @@ def check_fits(model: PreTrainedModel, spec: Monotone) -> None:
         raise InputError(f"monotone.recentre: the sublayers of {model.config.model_type!r} have no biases to correct; expected false")
     if spec.start == "lift" and not all(isinstance(ffn.norm, nn.LayerNorm) for ffn in sublayers):
         raise InputError(f"monotone.start: 'lift' needs a LayerNorm that subtracts the mean; found {type(sublayers[0].norm).__name__}")
+
+
+@torch.no_grad()
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise InputError if the weights are not all finite."""
     for name, parameter in model.named_parameters():
         if broken := int((~torch.isfinite(parameter)).sum()):
             raise InputError(f"model: {name} has {broken} entries that are NaN or infinite, expected none; check the base model's files")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, PretrainedConfig, 
 from transformers import logging as transformers_logging
 
 from configs.schema import Compute, Model, Scratch
+from utils.data.published import read_config
 from utils.models import activations, gated  # noqa: F401 - make our activations and architectures loadable by name
 from utils.run.artifacts import file_digest, published
 from utils.run.errors import InputError
@@ -60,6 +61,16 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
             raise
         raise InputError(f"{folder}: expected a model folder with config.json and safetensors weights: {error}") from None
     return model.to(device).eval()
+
+
+def without_weights(source: Path) -> PreTrainedModel:
+    """The architecture of the model in a folder or a GGUF file, on device `meta`. Raises InputError if it is no causal language model."""
+    config = read_config(source)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever the library raises for what somebody else made
+        raise InputError(f"{source}: expected the configuration of a causal language model ({_said(error)}); name another model") from None
 
 
 def as_teacher(model: PreTrainedModel, precision: str) -> PreTrainedModel:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Experiment, Model, Scratch, Training
-from utils.data.tokenizer import published_identity
+from utils.data.published import published_identity
 from utils.data.tokens import PackedBatches, Tokens
 from utils.models.blocks import compiles
 from utils.models.loading import device_of, fetch_pretrained, save_model, scratch_model

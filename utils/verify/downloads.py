@@ -9,12 +9,13 @@ from utils.run.checks import Check, Finding, examined
 from utils.run.places import visited
 from utils.verify.benchmarks import benchmarks
 from utils.verify.look import Look
-from utils.verify.published import model_files, sequences, small_model, tokenizer
+from utils.verify.published import architecture, model_files, sequences, small_model, tokenizer
 from utils.verify.reach import cache_folder, disk, hub_answers, network, offline_use, token
 from utils.verify.texts import fallback, first_rows, text_files
 
 OF_THE_HUB = ("network", "hub", "token", "small model")  # of no use to an experiment that takes nothing from there
-ASKING = ("token", "disk", "model files", "tokenizer", "sequences", "text files", "first rows", "fallback", "benchmarks", "small model")
+OF_THE_MODEL = ("model files", "tokenizer", "sequences", "architecture")
+ASKING = ("token", "disk", *OF_THE_MODEL, "text files", "first rows", "fallback", "benchmarks", "small model")
 
 
 def download_checks(look: Look) -> Iterator[Check]:
@@ -43,6 +44,7 @@ def _checks(look: Look) -> dict[str, tuple[str, Callable[[], Finding]]]:
         "model files": ("", lambda: model_files(look)),
         "tokenizer": ("name a model whose tokenizer transformers can load", lambda: tokenizer(look)),
         "sequences": ("", lambda: sequences(look)),
+        "architecture": ("", lambda: architecture(look)),
         "text files": ("", lambda: text_files(look)),
         "first rows": ("", lambda: first_rows(look)),
         "fallback": ("", lambda: fallback(look)),

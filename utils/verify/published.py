@@ -7,8 +7,9 @@ from pathlib import Path
 
 from configs.schema import Model
 from utils.data.lengths import refuse_longer
-from utils.data.tokenizer import published_at, read_from
-from utils.models.loading import fetch_pretrained
+from utils.data.published import published_at, read_from
+from utils.models.ffn import check_fits, feed_forward
+from utils.models.loading import fetch_pretrained, without_weights
 from utils.run import hub
 from utils.run.checks import Finding
 from utils.run.errors import InputError
@@ -67,7 +68,7 @@ def tokenizer(look: Look) -> Finding:
         return "skip", "the tokenizer is trained here"
     from transformers import AutoTokenizer
 
-    words = AutoTokenizer.from_pretrained(**read_from(_without_weights(look)), trust_remote_code=False)
+    words = AutoTokenizer.from_pretrained(**read_from(_small_files(look)), trust_remote_code=False)
     text = "def Monotone(x):\n    return x  # größer, 漢字"
     if words.eos_token_id is None:
         return "no", "it has no end-of-text token, which stands between documents"
@@ -80,11 +81,21 @@ def sequences(look: Look) -> Finding:
     """The model takes the longest sequence of every stage."""
     if look.config.model.source == "scratch":
         return "skip", "the model is made for them"
-    refuse_longer(_without_weights(look), look.config.longest)
+    refuse_longer(_small_files(look), look.config.longest)
     return "ok", f"of up to {max(look.config.longest.values())} tokens, which the model takes"
 
 
-def _without_weights(look: Look) -> Path:
+def architecture(look: Look) -> Finding:
+    """Its feed-forward sublayers are found, and the configured constraint can be put on them."""
+    spec = look.config.monotone
+    if look.config.model.source == "scratch":
+        return "skip", "the model is made for the constraint"
+    model = without_weights(_small_files(look))
+    check_fits(model, spec)
+    return "ok", f"{len(feed_forward(model))} feed-forward sublayers of {model.config.model_type!r}, which scope {spec.scope!r} fits"
+
+
+def _small_files(look: Look) -> Path:
     """The model's folder, configuration and tokenizer fetched if need be, or its GGUF file. Raises InputError if they cannot be."""
     repository = look.model
     if repository is None:

@@ -15,15 +15,15 @@ from utils.run.environment import code_revision, host, now, versions
 
 
 def refuse_unsuitable(config: Experiment, source: Path) -> None:
-    """Raise InputError if the model in a folder or a GGUF file takes shorter sequences than setup prepares, or cannot be made monotone
-    in the configured way. What is read is its configuration alone."""
+    """Raise InputError if the published model in a folder or a GGUF file takes shorter sequences than setup prepares, or cannot be made
+    monotone in the configured way: known from its configuration alone, and of no influence on what setup makes."""
     refuse_longer(source, of_setup(config))
     check_fits(without_weights(source), config.monotone)
 
 
 def setup_facts(config: Experiment, seed: int, base: Path) -> dict[str, Any]:
-    """Fields of setup_complete.json. Raises InputError if the base model does not suit the configuration."""
-    refuse_unsuitable(config, base)
+    """Fields of setup_complete.json. Raises InputError if the configuration needs longer sequences than the base model takes."""
+    refuse_longer(base, of_setup(config))
     model = load_model(base)
     total, ffn = model.num_parameters(), ffn_parameters(model)
     facts: dict[str, Any] = {

@@ -33,6 +33,7 @@ KNOWN = {
 COLOURS = defaultdict(lambda: "#000000", {model: colour for model, (colour, _) in KNOWN.items()})
 MARKERS = defaultdict(lambda: "x", {model: marker for model, (_, marker) in KNOWN.items()})
 SIZE = (5.4, 3.8)  # inches
+DPI = 160
 FIXED: Any = {"svg.hashsalt": "report", "svg.fonttype": "path"}  # the same bytes each time, and no font to be found
 
 
@@ -41,8 +42,11 @@ def write_figures(drawn: dict[str, Figure], folder: Path) -> None:
     with published(folder) as aside, matplotlib.rc_context(FIXED):
         aside.mkdir()
         for name, figure in drawn.items():
-            figure.savefig(aside / f"{name}.png", dpi=160)
+            figure.set_dpi(DPI)
+            if engine := figure.get_layout_engine():
+                engine.execute(figure)
             figure.set_layout_engine(None)  # laid out once, for all formats
+            figure.savefig(aside / f"{name}.png", dpi=DPI)
             figure.savefig(aside / f"{name}.pdf", metadata={"CreationDate": None})
             figure.savefig(aside / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)

@@ -21,10 +21,11 @@ OVER_SEVERAL = (WORST, OWN)  # taken over several attacks
 HEADLINES = (WORST, *CONTROLS)  # comparisons of worst cases: with the baseline, and with each matched control
 
 
-def kinds(study: Study, *models: str) -> list[str]:
+@lru_cache(maxsize=256)
+def kinds(study: Study, *models: str) -> tuple[str, ...]:
     """Attacks made on all of these models, in the order of the records."""
     made = [set(study.flips[study.flips["model"] == model]["attack"]) for model in models]
-    return [kind for kind in dict.fromkeys(study.flips["attack"]) if all(kind in one for one in made)]
+    return tuple(kind for kind in dict.fromkeys(study.flips["attack"]) if all(kind in one for one in made))
 
 
 def ensemble(study: Study, *models: str, attack: str = WORST) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 
 from configs.presets import load
 from configs.schema import Experiment
+from stages.__main__ import main
 from stages.pipeline import run_each, stages
 from stages.stage_7_aggregate import RECORDS
 from tests.extended_records import extended
@@ -101,6 +103,22 @@ def watched_run(made_once: MadeOnce, tiny: Experiment) -> Path:
 def finished(watched_run: Path) -> Path:
     """Root of a complete run of the tiny experiment (scratch/ and project/). Read it, or copy it with `finished_copy`."""
     return watched_run / "run"
+
+
+@pytest.fixture(scope="session")
+def two_seeds(made_once: MadeOnce, finished: Path) -> Path:
+    """Root of what the README's command for two seeds makes of the tiny experiment: a complete run `two-seeds`."""
+    (command,) = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    bash run_all.sh") and "--seeds" in line
+    ]
+
+    def make(folder: Path) -> None:
+        shutil.copytree(finished / "scratch/foundation_llm_cache", folder / "scratch/foundation_llm_cache")
+        with pytest.MonkeyPatch.context() as patch:
+            place(patch, folder)
+            assert main(["run", "--config", TINY, *shlex.split(command)[2:]]) == 0
+
+    return made_once("two_seeds", make)
 
 
 @pytest.fixture(scope="session")

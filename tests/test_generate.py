@@ -26,6 +26,7 @@ import importlib, json, os, sys
 import torch, transformers.generation
 from transformers import AutoModelForCausalLM
 ids, asked, new = json.loads(sys.argv[1])
+AutoModelForCausalLM.from_pretrained(asked[0][1][0])  # plain transformers know it: what loading needs is imported once, not in every fork
 for needed, folders in asked:
     if os.fork():
         assert os.wait()[1] == 0

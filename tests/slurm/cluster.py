@@ -181,7 +181,7 @@ class Cluster:
     def wait(self, job: str, *wanted: str, seconds: float = 180) -> str:
         """Wait until a job is in one of the wanted states (default: at an end); returns the state."""
         ended = wanted or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        self.wait_for(lambda: self.states().get(job) in ended, seconds, f"job {job} does not become {' or '.join(ended)}")
+        self.wait_for(lambda: self.states().get(job) in ended, seconds, f"job {job} does not become {' or '.join(ended)}", pause=0.2)
         return self.states()[job]
 
     def wait_for(self, condition: Callable[[], bool], seconds: float, failure: str, pause: float = 0.05) -> None:

@@ -6,12 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
-
-from configs.presets import load
-from stages.pipeline import run_each, stages
-from tests.conftest import place
-from tests.fake_stages import ROOT, TINY
+from tests.fake_stages import ROOT
 from tests.killing import differing, results
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Checkout, make_checkout, submitted
@@ -28,15 +23,6 @@ def git(checkout: Checkout, *arguments: str) -> str:
     return checkout.type("git", "-c", "user.name=x", "-c", "user.email=x@y", *arguments).strip()
 
 
-def run_locally(finished: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same experiment in this process; the first of its seeds is there already."""
-    shutil.copytree(finished / "scratch", root / "scratch")
-    with monkeypatch.context() as patch:
-        place(patch, root)
-        config = load(TINY, [f"seeds=[{SEEDS}]"])
-        assert run_each(stages(), config, config.seeds, discard=False) == 0
-
-
 def edit(checkout: Checkout) -> None:
     """What a user may do while the chain is on its way: break a job, a stage and the experiment."""
     for name, text in (("jobs/common.sh", "exit 9\n"), ("stages/stage_3_train_monotonic.py", "\ndef run(ctx): raise SystemExit(9)\n\n")):
@@ -46,9 +32,7 @@ def edit(checkout: Checkout) -> None:
     path.write_text(path.read_text().replace("steps: 12", "steps: 13"))
 
 
-def test_two_seeds_from_one_command(
-    cluster: Cluster, finished: Path, own_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_seeds_from_one_command(cluster: Cluster, two_seeds: Path, own_folders: Path, tmp_path: Path) -> None:
     """Everything a user sees from the command to the summary; the results are those of a local run, byte for byte."""
     folders = own_folders / 'Zoë\'s  "runs"'
     checkout = make_checkout(folders / "check out", cluster, folders)
@@ -58,7 +42,7 @@ def test_two_seeds_from_one_command(
     git(checkout, "commit", "--quiet", "-m", "as submitted")
     revision = git(checkout, "rev-parse", "HEAD")
     (tmp_path / "site.yaml").write_text(SITE)
-    command = "--config", "tests/tiny.yaml", "--seeds", SEEDS, "--cluster", str(tmp_path / "site.yaml")
+    command = "--config", "tests/tiny.yaml", "--seeds", SEEDS, "--run-name", "two-seeds", "--cluster", str(tmp_path / "site.yaml")
 
     cluster.hold()
     said = checkout.run_all(*command)
@@ -79,13 +63,12 @@ def test_two_seeds_from_one_command(
     assert " RUNNING" in middle and "Next: nothing to do, the jobs go on by themselves. Watch: bash run_all.sh --watch" in middle
     assert "nothing to submit" in checkout.run_all("--resume") and len(cluster.states()) == 15
 
-    run_locally(finished, tmp_path / "local", monkeypatch)
     cluster.wait(jobs[7], "RUNNING", "COMPLETED")
     watched = checkout.run_all("--watch", "1")
     assert cluster.wait(jobs[7]) == "COMPLETED" and list(cluster.states().values()) == ["COMPLETED"] * 15
     ended = checkout.run_all("--status")
     assert ended.count(" COMPLETED") == 15
-    for said in (watched[watched.rindex("run tiny in") :], ended):
+    for said in (watched[watched.rindex("run two-seeds in") :], ended):
         assert said.count(" complete ") == 15
         last = said.splitlines()[-1]
         assert last.startswith("All stages are complete. Open /") and Path(last.partition("Open ")[2]).is_file()
@@ -93,9 +76,9 @@ def test_two_seeds_from_one_command(
     assert "nothing to submit: 15 complete, 0 queued or running" in checkout.run_all(*command)
 
     for part in ("scratch", "project"):
-        differ = differing(results(tmp_path / "local" / part), results(folders / part))
+        differ = differing(results(two_seeds / part), results(folders / part))
         assert [name for name in differ if "/submission/" not in name] == (
-            [] if part == "scratch" else ["foundation_llm_final_results/tiny/resolved_config.json"]  # it holds the folders
+            [] if part == "scratch" else ["foundation_llm_final_results/two-seeds/resolved_config.json"]  # it holds the folders
         )
     notes = [json.loads(path.read_text()) for path in folders.rglob("started.json")]
     assert len(notes) == 15

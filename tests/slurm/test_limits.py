@@ -134,7 +134,8 @@ def held(cluster: Cluster, python: Python, moment: Callable[[], bool] = always, 
 
     It is stopped for each look, which makes it slow; this begins only when `after` holds.
     """
-    cluster.wait_for(lambda: python.there() and after(), 60, f"job {python.job} does not come so far", pause=0.002)
+    cluster.wait_for(python.there, 60, f"job {python.job} starts no Python")
+    cluster.wait_for(after, 60, f"job {python.job} does not come so far", pause=0.002)
     python.hold()
     while not moment():
         python.go_on()

@@ -354,7 +354,7 @@ def test_deadline_without_signal(cluster: Cluster, prepare: Prepare) -> None:
     set_limit(cluster, jobs[2], 60)  # the job knows its end by now: SLURM's own TERM is not to come first where Python starts slowly
     with held(cluster, Python(cluster, jobs[2]), after=lambda: training(checkout, 0) or time.monotonic() > deadline):  # the earlier
         cluster.wait_for(lambda: time.monotonic() > deadline, 10, "time stands still")
-    cluster.wait(jobs[2], "PENDING")
+    assert cluster.wait(jobs[2], "PENDING", "COMPLETED") == "PENDING"
     assert waits_for(cluster, jobs[4]) == f"afterok:{jobs[2]}"
     assert "stopped in time (the job's time limit is near" in checkout.log(BASELINE)
     assert "asking the stage" not in checkout.log(BASELINE)

@@ -16,7 +16,6 @@ import torch
 
 from configs.presets import load
 from configs.schema import Experiment
-from stages.__main__ import main
 from stages.pipeline import run_each, stages
 from stages.stage_7_aggregate import RECORDS
 from tests.extended_records import extended
@@ -113,6 +112,8 @@ def two_seeds(made_once: MadeOnce, finished: Path) -> Path:
     ]
 
     def make(folder: Path) -> None:
+        from stages.__main__ import main  # at the top of this file a worker would import it before its coverage begins
+
         shutil.copytree(finished / "scratch/foundation_llm_cache", folder / "scratch/foundation_llm_cache")
         with pytest.MonkeyPatch.context() as patch:
             place(patch, folder)

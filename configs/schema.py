@@ -508,7 +508,7 @@ class Experiment(Section):
         return self
 
     def _check_scratch(self, scratch: Scratch) -> None:
-        """What does not suit a model that is pretrained here; of others `convert` knows more (utils.models.ffn.check_fits)."""
+        """What does not suit a model that is pretrained here; of others setup and `convert` find it (utils.models.ffn.check_fits)."""
         for key, tokens in self.longest.items():
             if tokens > scratch.context:
                 raise ValueError(f"{key} = {tokens} exceeds model.scratch.context = {scratch.context}")

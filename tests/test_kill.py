@@ -1,4 +1,4 @@
-"""Kill -9 at random moments of every stage, rerun until done: nothing may differ from the uninterrupted run."""
+"""Kill -9 at random moments of every stage, rerun until done: nothing may differ from the uninterrupted run. Twice in a row."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from tests.killing import differing, killed_until_done, results, stage_seconds
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("loaded_once")]
 
 
-def test_killed_run_equals_straight_run(finished: Path, own_folders: Path, tiny: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("turn", [1, 2])
+def test_killed_run_equals_straight_run(
+    turn: int, finished: Path, own_folders: Path, tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    chance, seconds = random.Random(1), stage_seconds(finished)
+    chance, seconds = random.Random(turn), stage_seconds(finished)
     log = own_folders / "log"
     hits = [killed_until_done(tiny, stage.number, seconds[stage.number], 2, chance, log) for stage in stages()]
     log.unlink()

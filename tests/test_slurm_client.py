@@ -79,7 +79,7 @@ def test_command_that_hangs_is_given_up_in_bounded_time(program: Program) -> Non
     began = time.monotonic()
     with pytest.raises(NoAnswer, match=r"squeue gave no answer in 0\.2 s; the SLURM controller may be away"):
         client.queue(seconds=0.2)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 5
 
 
 def test_words_of_a_command_that_tries_again_and_again_are_told(program: Program) -> None:
@@ -90,11 +90,11 @@ def test_words_of_a_command_that_tries_again_and_again_are_told(program: Program
 
 
 def test_command_whose_child_keeps_the_pipe_open_is_given_up_too(program: Program, own_folders: Path) -> None:
-    program("squeue", f"sleep 60 & echo $! >{own_folders}/child; wait")
+    program("squeue", f"sleep 20 & echo $! >{own_folders}/child; wait")
     began = time.monotonic()
     with pytest.raises(NoAnswer):
         client.queue(seconds=0.5)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 5
     os.kill(int((own_folders / "child").read_text()), 9)
 
 

@@ -15,7 +15,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from utils.run.errors import InputError
-from utils.run.trouble import exhausted
+from utils.run.trouble import exhausted, first_line
 
 LINES, TEXT, TABLE = (".jsonl", ".json"), (".txt",), (".parquet",)
 COMPRESSED = ("", ".zst", ".gz")
@@ -108,8 +108,9 @@ def _table(path: Path) -> Iterator[Item]:
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if exhausted(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: not readable as Parquet ({said}); the file is damaged or truncated, fetch it again") from None
+        raise InputError(
+            f"{path}: not readable as Parquet ({first_line(error)}); the file is damaged or truncated, fetch it again"
+        ) from None
 
 
 def _batch(batch: Any, path: Path) -> Iterator[Item]:

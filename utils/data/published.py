@@ -10,7 +10,7 @@ from utils.run.errors import InputError
 from utils.run.gguf import gguf_file
 from utils.run.hub import model_folder
 from utils.run.preemption import Stop
-from utils.run.trouble import of_machine
+from utils.run.trouble import first_line, of_machine
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,8 +36,9 @@ def read_config(source: Path) -> PretrainedConfig:
     except Exception as error:  # whatever the library raises for what somebody else made
         if of_machine(error):
             raise
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{source}: expected a model whose configuration transformers knows ({said}); name another model") from None
+        raise InputError(
+            f"{source}: expected a model whose configuration transformers knows ({first_line(error)}); name another model"
+        ) from None
 
 
 def published_identity(model: Model) -> dict[str, Any]:

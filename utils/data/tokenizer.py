@@ -11,7 +11,7 @@ from configs.schema import Model
 from utils.data.encode import parts
 from utils.data.published import read_from
 from utils.run.errors import InputError
-from utils.run.trouble import of_machine
+from utils.run.trouble import first_line, of_machine
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -44,9 +44,8 @@ def copy_tokenizer(model: Model, source: Path, folder: Path) -> int:
     except Exception as error:  # whatever the library raises for a file that somebody else made
         if of_machine(error):
             raise
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({said}); name a model that has one"
+            f"model.name={model.name!r}, revision {model.revision!r}: no tokenizer found ({first_line(error)}); name a model that has one"
         ) from None
     if tokenizer.eos_token_id is None:
         raise InputError(

@@ -23,7 +23,7 @@ from utils.run.errors import InputError
 from utils.run.gguf import gguf_file
 from utils.run.hub import model_folder
 from utils.run.preemption import Stop
-from utils.run.trouble import of_machine
+from utils.run.trouble import first_line, of_machine
 
 transformers_logging.disable_progress_bar()
 
@@ -70,7 +70,11 @@ def without_weights(source: Path) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever the library raises for what somebody else made
-        raise InputError(f"{source}: expected the configuration of a causal language model ({_said(error)}); name another model") from None
+        if of_machine(error):
+            raise
+        raise InputError(
+            f"{source}: expected the configuration of a causal language model ({first_line(error)}); name another model"
+        ) from None
 
 
 def as_teacher(model: PreTrainedModel, precision: str) -> PreTrainedModel:
@@ -105,15 +109,10 @@ def _read_gguf(path: Path) -> PreTrainedModel:
     except Exception as error:
         if of_machine(error):
             raise
-        raise InputError(f"{path}: expected a GGUF file of an architecture that transformers knows: {_said(error)}") from None
+        raise InputError(f"{path}: expected a GGUF file of an architecture that transformers knows: {first_line(error)}") from None
     plain = AutoModelForCausalLM.from_config(type(found.config).from_dict(_unpacked(found.config)), dtype=torch.float32)
     plain.load_state_dict(found.state_dict())
     return plain.eval()
-
-
-def _said(error: Exception) -> str:
-    """The first line of an error's words."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _unpacked(config: PretrainedConfig) -> dict[str, Any]:
@@ -167,5 +166,5 @@ def fetch_pretrained(model: Model, cache: Path, stop: Stop) -> tuple[PreTrainedM
             raise
         raise InputError(
             f"model.name={model.name!r}, revision {model.revision!r}: cannot be loaded as a causal LM with safetensors weights: "
-            f"{_said(error)}. Name another model, or give a local folder"
+            f"{first_line(error)}. Name another model, or give a local folder"
         ) from None

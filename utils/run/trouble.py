@@ -56,6 +56,11 @@ def of_machine(error: Exception) -> bool:
     return exhausted(error) is not None or (isinstance(error, OSError) and error.errno in DISK_FAILS)
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says first, or its class if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def exhausted(error: Exception) -> str | None:
     """As `explained`, of memory and devices alone.
 

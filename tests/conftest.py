@@ -35,6 +35,8 @@ from utils.slurm import client, snapshot
 
 torch.set_num_threads(1)
 
+COMMANDS_OF_README = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
+RUNS_OF_README = [command for command in COMMANDS_OF_README if command.startswith("bash run_all.sh")]
 MadeOnce = Callable[[str, Callable[[Path], None]], Path]
 
 
@@ -107,9 +109,7 @@ def finished(watched_run: Path) -> Path:
 @pytest.fixture(scope="session")
 def two_seeds(made_once: MadeOnce, finished: Path) -> Path:
     """Root of what the README's command for two seeds makes of the tiny experiment: a complete run `two-seeds`."""
-    (command,) = [
-        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    bash run_all.sh") and "--seeds" in line
-    ]
+    (command,) = [command for command in RUNS_OF_README if "--seeds" in command]
 
     def make(folder: Path) -> None:
         from stages.__main__ import main  # at the top of this file a worker would import it before its coverage begins

@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 
 from stages.__main__ import main
-from tests.fake_stages import TINY
+from tests.conftest import COMMANDS_OF_README, RUNS_OF_README
+from tests.fake_stages import ROOT, TINY
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
-OF_RUNS = [command for command in COMMANDS if command.startswith("bash run_all.sh")]
 
 
 def final(root: Path, run: str) -> dict:
@@ -25,15 +23,16 @@ def final(root: Path, run: str) -> dict:
 
 
 def test_readme_names_the_known_commands() -> None:
-    rest = [command for command in COMMANDS if command not in OF_RUNS]
+    rest = [command for command in COMMANDS_OF_README if command not in RUNS_OF_README]
     stage = ".venv/bin/python -m stages.stage_3_train_monotonic --config mini --seed 42"
-    verify = [".venv/bin/python verify_local.py", ".venv/bin/python verify_downloads.py --quick"]  # run by their own tests
+    # their own tests call these two, .ci/run starts them
+    verify = [".venv/bin/python verify_local.py", ".venv/bin/python verify_downloads.py --quick"]
     assert rest == ["bash run_tests.sh", *verify, stage]
 
 
 @pytest.mark.parametrize("option", ["--help", "--plan", "--status"])
 def test_information(option: str, checkout_copy: Path) -> None:
-    assert f"bash run_all.sh {option}" in OF_RUNS
+    assert f"bash run_all.sh {option}" in RUNS_OF_README
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     shown = subprocess.run(["bash", "run_all.sh", option], cwd=checkout_copy, env=environment, capture_output=True, text=True, check=True)
     assert {"--help": "--discard", "--plan": "7 aggregate", "--status": "7 aggregate"}[option] in shown.stdout
@@ -41,7 +40,7 @@ def test_information(option: str, checkout_copy: Path) -> None:
 
 
 def test_first_command_without_sbatch(filled_cache: Path) -> None:
-    assert OF_RUNS[0] == "bash run_all.sh"
+    assert RUNS_OF_README[0] == "bash run_all.sh"
     environment = os.environ | {"PATH": _path_without("sbatch", filled_cache / "bin")}
     shown = subprocess.run(["bash", "run_all.sh", "--config", TINY], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
@@ -59,7 +58,7 @@ def _path_without(program: str, folder: Path) -> str:
 
 
 def test_softplus_run(filled_cache: Path) -> None:
-    (command,) = [command for command in OF_RUNS if "softplus" in command]
+    (command,) = [command for command in RUNS_OF_README if "softplus" in command]
     assert main(["run", "--config", TINY, *shlex.split(command)[2:]]) == 0
     assert final(filled_cache, "softplus")["certificate"]["42"]["ffn_monotone"] is True
 
@@ -70,7 +69,9 @@ def test_run_of_two_seeds(two_seeds: Path) -> None:
 
 
 def test_presets_named_in_the_readme_exist() -> None:
-    named = [word for command in OF_RUNS for flag, word in zip(command.split(), command.split()[1:], strict=False) if flag == "--config"]
+    named = [
+        word for command in RUNS_OF_README for flag, word in zip(command.split(), command.split()[1:], strict=False) if flag == "--config"
+    ]
     assert all((ROOT / "configs" / f"{name}.yaml").is_file() for name in named)
 
 

@@ -122,10 +122,13 @@ def test_controller_away_and_lost(cluster: Cluster, prepared: Checkout) -> None:
     """Without the controller the files tell; when it has forgotten everything, other users' jobs with our numbers are not ours."""
     cluster.hold()
     old = submitted(prepared.submit())
-    cluster.stop_controller(signal.SIGKILL)
     began = time.monotonic()
+    prepared.run_all("--status")
+    answered = time.monotonic()
+    cluster.stop_controller(signal.SIGKILL)
+    away = time.monotonic()
     said = prepared.run_all("--status")
-    assert time.monotonic() - began < 60  # seconds: it gives up, however busy the machine is
+    assert time.monotonic() - away < 15 + (answered - began)  # what the command itself takes on a busy machine is no waiting
     assert said.startswith("SLURM does not answer (squeue: ") and said.endswith(
         "Next: ask again when SLURM answers: bash run_all.sh --status\n"
     )
